@@ -1,0 +1,1 @@
+//! Block devices of sandboxes: header (build map), copy-on-write overlay, NBD server

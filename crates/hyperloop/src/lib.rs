@@ -1,0 +1,1 @@
+//! The HTTP service that guests may call, each only as itself

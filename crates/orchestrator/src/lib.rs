@@ -1,0 +1,1 @@
+//! The node daemon: gRPC services, sandbox map, admission, timeouts, events

@@ -1,0 +1,1 @@
+//! Generated gRPC types of the node daemon (orchestrator, template manager, info, chunks)

@@ -1,0 +1,1 @@
+//! Artifacts of a build by build id: layout, staging, atomic publication

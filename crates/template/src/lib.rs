@@ -1,0 +1,1 @@
+//! What a template is, and how one is built: rootfs, cold boot, snapshot

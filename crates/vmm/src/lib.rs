@@ -1,0 +1,1 @@
+//! A trait over virtual machine monitors and the QEMU driver
