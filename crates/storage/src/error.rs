@@ -1,0 +1,92 @@
+//! What can go wrong with stored builds.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use crate::{Artifact, BuildId};
+
+/// Why an operation on the store failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The file system (or the quota) has no room left.
+    #[error("no space left on the disk to {action} {}", path.display())]
+    DiskFull {
+        /// What was being done, as an infinitive.
+        action: &'static str,
+        /// What it was done to.
+        path: PathBuf,
+    },
+    /// The operating system refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was being done, as an infinitive.
+        action: &'static str,
+        /// What it was done to.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A build is published once and never replaced.
+    #[error("build {0} is already published")]
+    AlreadyExists(BuildId),
+    /// No published build has this id.
+    #[error("build {0} does not exist")]
+    NotFound(BuildId),
+    /// The nil id stands for zeros in headers and can name no build.
+    #[error("the nil id cannot name a build")]
+    NilId,
+    /// The staged build lacks an artifact that every build has.
+    #[error("build {build} cannot be published without its {artifact}")]
+    Incomplete {
+        /// The build.
+        build: BuildId,
+        /// What is missing.
+        artifact: Artifact,
+    },
+    /// The staging directory holds something that is not a plain file of its own with an artifact's name.
+    #[error("build {build} cannot be published: {name:?} in its staging directory is not an artifact")]
+    Unexpected {
+        /// The build.
+        build: BuildId,
+        /// The name in question.
+        name: std::ffi::OsString,
+    },
+    /// The runtime was stopped before the operation ran.
+    #[error("the store was shut down before it could {action}")]
+    Shutdown {
+        /// What was to be done, as an infinitive.
+        action: &'static str,
+    },
+}
+
+impl StorageError {
+    /// The error for a failed system call; a full disk is told apart from the rest.
+    pub fn io(action: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { action, path },
+            _ => Self::Io { action, path, source },
+        }
+    }
+
+    /// Whether the cause is a full disk.
+    pub fn is_disk_full(&self) -> bool {
+        matches!(self, Self::DiskFull { .. })
+    }
+}
+
+/// Runs `work`, which blocks on the disk, away from the runtime's own threads.
+pub(crate) async fn blocking<T: Send + 'static>(
+    action: &'static str,
+    work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
+) -> Result<T, StorageError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => match e.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(StorageError::Shutdown { action }),
+        },
+    }
+}

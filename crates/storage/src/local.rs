@@ -1,0 +1,167 @@
+//! The store over a local directory: `{root}/{build id}/{artifact}`.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tracing::warn;
+use uuid::Uuid;
+
+use crate::{Artifact, BuildId, StagedBuild, StorageError, error::blocking};
+
+/// Holds what is being written or removed. Its name is no build id, and it lies beside the builds
+/// so that a rename between the two never crosses a file system.
+const STAGING: &str = ".staging";
+
+/// Published builds in a local directory. Clones share the directory.
+#[derive(Debug, Clone)]
+pub struct LocalStore {
+    root: Arc<Path>,
+}
+
+impl LocalStore {
+    /// Opens the store at `root` and makes its directories (mode 0755) if they are absent.
+    ///
+    /// Blocks for a few system calls. Several processes may have one store open; only
+    /// [`LocalStore::reclaim`] needs the caller to be alone.
+    pub fn open(root: impl AsRef<Path>) -> Result<Self, StorageError> {
+        let root = root.as_ref();
+        let staging = root.join(STAGING);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&staging)
+            .map_err(|e| StorageError::io("create the directory", &staging, e))?;
+        // Whatever the umask: an unprivileged VMM must get through to the published files.
+        for dir in [root, &staging] {
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o755))
+                .map_err(|e| StorageError::io("set the mode of", dir, e))?;
+        }
+        let root = fs::canonicalize(root).map_err(|e| StorageError::io("resolve", root, e))?;
+        Ok(Self { root: root.into() })
+    }
+
+    /// The store's directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The directory of a published build, whether it exists or not.
+    pub fn dir(&self, build: BuildId) -> PathBuf {
+        self.root.join(build.to_string())
+    }
+
+    /// Where an artifact of a published build lies, whether it exists or not.
+    pub fn path(&self, build: BuildId, artifact: Artifact) -> PathBuf {
+        self.dir(build).join(artifact.file_name())
+    }
+
+    /// Whether the build is published. A build that is being written or removed is not.
+    pub async fn exists(&self, build: BuildId) -> Result<bool, StorageError> {
+        let path = self.path(build, Artifact::Metadata);
+        blocking("look for a build", move || is_there(&path)).await
+    }
+
+    /// The published builds, in the order of their ids.
+    pub async fn list(&self) -> Result<Vec<BuildId>, StorageError> {
+        let root = self.root.clone();
+        blocking("list the builds", move || {
+            let mut builds = Vec::new();
+            for entry in read_dir(&root)? {
+                let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
+                let Ok(build) = name.parse::<BuildId>() else { continue };
+                if build.to_string() == name && is_there(&entry.path().join(Artifact::Metadata.file_name()))?
+                {
+                    builds.push(build);
+                }
+            }
+            builds.sort_unstable();
+            Ok(builds)
+        })
+        .await
+    }
+
+    /// Begins to write a build, in a staging directory (mode 0700) of its own.
+    ///
+    /// Fails with [`StorageError::AlreadyExists`] if the build is already published. Two stagings
+    /// of one build may be under way at once: the first to commit wins.
+    pub async fn stage(&self, build: BuildId) -> Result<StagedBuild, StorageError> {
+        if build.is_nil() {
+            return Err(StorageError::NilId);
+        }
+        let store = self.clone();
+        blocking("stage a build", move || {
+            if is_there(&store.path(build, Artifact::Metadata))? {
+                return Err(StorageError::AlreadyExists(build));
+            }
+            let dir = store.fresh_staging(build);
+            DirBuilder::new()
+                .mode(0o700)
+                .create(&dir)
+                .map_err(|e| StorageError::io("create the directory", &dir, e))?;
+            Ok(StagedBuild::new(build, dir, store.dir(build)))
+        })
+        .await
+    }
+
+    /// Removes a published build. It is gone for everyone at once; files that are open or mapped
+    /// stay readable for those who hold them.
+    ///
+    /// Fails with [`StorageError::NotFound`] if it does not exist.
+    pub async fn remove(&self, build: BuildId) -> Result<(), StorageError> {
+        let store = self.clone();
+        blocking("remove a build", move || {
+            let from = store.dir(build);
+            let doomed = store.fresh_staging(build);
+            match fs::rename(&from, &doomed) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(StorageError::NotFound(build)),
+                Err(e) => return Err(StorageError::io("unpublish", &from, e)),
+            }
+            fs::remove_dir_all(&doomed).map_err(|e| StorageError::io("remove", &doomed, e))
+        })
+        .await
+    }
+
+    /// Removes what killed processes left half written or half removed; returns how many
+    /// directories that were.
+    ///
+    /// Nobody else may be staging: the daemon calls this at start while it holds its lock file.
+    pub async fn reclaim(&self) -> Result<usize, StorageError> {
+        let staging = self.root.join(STAGING);
+        blocking("reclaim the staging directory", move || {
+            let mut removed = 0;
+            for entry in read_dir(&staging)? {
+                let path = entry.path();
+                let is_dir = entry.file_type().is_ok_and(|t| t.is_dir());
+                let result = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+                match result {
+                    Ok(()) => removed += 1,
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    Err(e) => return Err(StorageError::io("remove", &path, e)),
+                }
+            }
+            if removed > 0 {
+                warn!(removed, "removed builds that an earlier process left unfinished");
+            }
+            Ok(removed)
+        })
+        .await
+    }
+
+    fn fresh_staging(&self, build: BuildId) -> PathBuf {
+        self.root.join(STAGING).join(format!("{build}-{}", Uuid::new_v4().simple()))
+    }
+}
+
+fn is_there(path: &Path) -> Result<bool, StorageError> {
+    path.try_exists().map_err(|e| StorageError::io("look for", path, e))
+}
+
+fn read_dir(dir: &Path) -> Result<Vec<fs::DirEntry>, StorageError> {
+    fs::read_dir(dir).and_then(Iterator::collect).map_err(|e| StorageError::io("list", dir, e))
+}

@@ -1,0 +1,163 @@
+//! A build on its way into the store: written aside, made durable, renamed into place.
+
+use std::{
+    fs::{self, File, OpenOptions, Permissions},
+    io::{self, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
+    libc::O_NOFOLLOW,
+    unistd::{getegid, geteuid},
+};
+use tracing::warn;
+
+use crate::{Artifact, BuildId, StorageError, error::blocking};
+
+/// A build that is being written. Dropping it without [`StagedBuild::commit`] removes what was
+/// written.
+#[derive(Debug)]
+pub struct StagedBuild {
+    build: BuildId,
+    dir: PathBuf,
+    target: PathBuf,
+    published: bool,
+}
+
+impl StagedBuild {
+    pub(crate) fn new(build: BuildId, dir: PathBuf, target: PathBuf) -> Self {
+        Self { build, dir, target, published: false }
+    }
+
+    /// The build's id.
+    pub fn build(&self) -> BuildId {
+        self.build
+    }
+
+    /// The staging directory. Its mode is 0700: whoever lets another user's process write into it
+    /// widens that; the commit takes the files back.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where to write an artifact.
+    pub fn path(&self, artifact: Artifact) -> PathBuf {
+        self.dir.join(artifact.file_name())
+    }
+
+    /// Writes a small artifact as a whole; it must not exist yet.
+    pub async fn write(&self, artifact: Artifact, contents: impl Into<Vec<u8>>) -> Result<(), StorageError> {
+        let path = self.path(artifact);
+        let contents = contents.into();
+        blocking("write an artifact", move || {
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .open(&path)
+                .map_err(|e| StorageError::io("create", &path, e))?;
+            file.write_all(&contents).map_err(|e| StorageError::io("write", &path, e))
+        })
+        .await
+    }
+
+    /// Publishes the build: files become read-only (0444) and ours, everything is flushed to the
+    /// disk, then the directory is renamed into place, all or nothing.
+    ///
+    /// Writers must have closed their files: the mode does not stop those who have one open.
+    /// Fails with [`StorageError::AlreadyExists`] if another was first, with
+    /// [`StorageError::Incomplete`] without a `metadata.json`, with [`StorageError::Unexpected`] if
+    /// the directory holds anything that is not an artifact. On failure the staging directory is
+    /// removed. Once begun it runs to its end even if the returned future is dropped.
+    pub async fn commit(self) -> Result<(), StorageError> {
+        blocking("publish a build", move || self.commit_blocking()).await
+    }
+
+    fn commit_blocking(mut self) -> Result<(), StorageError> {
+        for entry in fs::read_dir(&self.dir).map_err(|e| StorageError::io("list", &self.dir, e))? {
+            let name = entry.map_err(|e| StorageError::io("list", &self.dir, e))?.file_name();
+            if !Artifact::ALL.iter().any(|a| name == *a.file_name()) {
+                return Err(StorageError::Unexpected { build: self.build, name });
+            }
+        }
+        for artifact in Artifact::ALL {
+            let path = self.path(artifact);
+            match fs::symlink_metadata(&path) {
+                // A link would let whoever made it change the artifact later, from outside.
+                Ok(meta) if meta.is_file() && meta.nlink() == 1 => seal(&path)?,
+                Ok(_) => {
+                    return Err(StorageError::Unexpected {
+                        build: self.build,
+                        name: artifact.file_name().into(),
+                    });
+                }
+                Err(e) if e.kind() == io::ErrorKind::NotFound && artifact != Artifact::Metadata => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    return Err(StorageError::Incomplete { build: self.build, artifact });
+                }
+                Err(e) => return Err(StorageError::io("inspect", &path, e)),
+            }
+        }
+        fs::set_permissions(&self.dir, Permissions::from_mode(0o755))
+            .map_err(|e| StorageError::io("set the mode of", &self.dir, e))?;
+        sync_dir(&self.dir)?;
+        match rename_noreplace(&self.dir, &self.target) {
+            Ok(()) => self.published = true,
+            Err(Errno::EEXIST | Errno::ENOTEMPTY) => return Err(StorageError::AlreadyExists(self.build)),
+            Err(e) => return Err(StorageError::io("publish", &self.target, e.into())),
+        }
+        match self.target.parent() {
+            Some(root) => sync_dir(root),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for StagedBuild {
+    fn drop(&mut self) {
+        if self.published {
+            return;
+        }
+        if let Err(error) = fs::remove_dir_all(&self.dir)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            warn!(%error, dir = %self.dir.display(), "cannot remove a staging directory; the next start will");
+        }
+    }
+}
+
+/// Makes a file ours, read-only and durable.
+fn seal(path: &Path) -> Result<(), StorageError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(O_NOFOLLOW)
+        .open(path)
+        .map_err(|e| StorageError::io("open", path, e))?;
+    let owner = file.metadata().map_err(|e| StorageError::io("inspect", path, e))?;
+    let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+    if (owner.uid(), owner.gid()) != (uid, gid) {
+        // An owner could make the file writable again.
+        fchown(&file, Some(uid), Some(gid)).map_err(|e| StorageError::io("take ownership of", path, e))?;
+    }
+    file.set_permissions(Permissions::from_mode(0o444))
+        .map_err(|e| StorageError::io("set the mode of", path, e))?;
+    file.sync_all().map_err(|e| StorageError::io("flush to the disk", path, e))
+}
+
+fn sync_dir(dir: &Path) -> Result<(), StorageError> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| StorageError::io("flush to the disk", dir, e))
+}
+
+/// Renames a directory, never onto another.
+fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Errno> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+        // The file system lacks the flag. A plain rename replaces an empty directory at most,
+        // which no build is.
+        Err(Errno::EINVAL) => {
+            fs::rename(from, to).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or_default()))
+        }
+        result => result,
+    }
+}
