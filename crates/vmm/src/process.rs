@@ -1,0 +1,238 @@
+//! Starting a confined VMM process and knowing when it ends.
+//!
+//! Confinement: own user and group id, no supplementary groups but those asked for, its own
+//! network namespace, cgroup limits, no core dumps, no new privileges, killed with the daemon
+//! (PR_SET_PDEATHSIG, prctl(2)). The VMM's own seccomp filter comes on top.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use tokio::sync::watch;
+
+use crate::{Result, VmmError};
+
+/// What to start.
+#[derive(Debug)]
+pub struct Spawn {
+    /// Program.
+    pub program: PathBuf,
+    /// Arguments.
+    pub args: Vec<OsString>,
+    /// Files that the child keeps open under the same numbers (arguments name them).
+    pub keep: Vec<OwnedFd>,
+    /// Network namespace to enter.
+    pub netns: OwnedFd,
+    /// User and group id.
+    pub uid: u32,
+    /// Supplementary groups (that of /dev/kvm, say).
+    pub groups: Vec<u32>,
+    /// cgroup.procs files to join.
+    pub cgroup_procs: Vec<PathBuf>,
+}
+
+/// Tells when a process has ended; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ExitWatch(watch::Receiver<Option<String>>);
+
+impl ExitWatch {
+    /// Resolves with the exit status as text once the process has ended.
+    pub async fn wait(&mut self) -> String {
+        match self.0.wait_for(Option::is_some).await {
+            Ok(s) => s.clone().unwrap_or_default(),
+            Err(_) => "gone".to_owned(),
+        }
+    }
+
+    /// The exit status, if the process has ended.
+    pub fn status(&self) -> Option<String> {
+        self.0.borrow().clone()
+    }
+}
+
+/// A running process: killed and reaped when dropped.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    exit: ExitWatch,
+    stderr: Arc<Mutex<Vec<u8>>>,
+}
+
+const LOG_LIMIT: usize = 16 * 1024;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// PR_SET_PDEATHSIG fires when the *thread* that forked ends (prctl(2)), so every VMM is forked
+/// from one thread that lives as long as the daemon.
+fn spawner() -> &'static mpsc::Sender<Job> {
+    static SPAWNER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
+    SPAWNER.get_or_init(|| {
+        let (tx, rx) = mpsc::channel::<Job>();
+        std::thread::Builder::new()
+            .name("vmm-spawner".into())
+            .spawn(move || {
+                while let Ok(job) = rx.recv() {
+                    job();
+                }
+            })
+            .map_err(|e| tracing::error!("cannot start the spawner thread: {e}"))
+            .ok();
+        tx
+    })
+}
+
+impl Process {
+    /// Starts the process. Returns when exec has succeeded.
+    pub async fn spawn(name: &str, spawn: Spawn) -> Result<Self> {
+        let program = spawn.program.display().to_string();
+        let (tx, rx) = tokio::sync::oneshot::channel();
+        let job: Job = Box::new(move || {
+            let _ = tx.send(fork(spawn));
+        });
+        let gone = || VmmError::io("reach the spawner thread", io::Error::from(io::ErrorKind::BrokenPipe));
+        spawner().send(job).map_err(|_| gone())?;
+        let child = rx.await.map_err(|_| gone())?.map_err(|e| VmmError::io(format!("start {program}"), e))?;
+        Self::watch(name, child)
+    }
+
+    fn watch(name: &str, mut child: Child) -> Result<Self> {
+        let pid = child.id();
+        let stderr = Arc::new(Mutex::new(Vec::new()));
+        let (tx, rx) = watch::channel(None);
+        let log = stderr.clone();
+        let pipe = child.stderr.take();
+        // One small thread a VM: it drains the error output, then reaps. It ends with the
+        // process, whatever becomes of the runtime.
+        std::thread::Builder::new()
+            .name(format!("vm-{name}"))
+            .stack_size(64 * 1024)
+            .spawn(move || {
+                if let Some(mut pipe) = pipe {
+                    let mut buf = [0u8; 2048];
+                    while let Ok(n) = pipe.read(&mut buf) {
+                        if n == 0 {
+                            break;
+                        }
+                        if let Ok(mut log) = log.lock() {
+                            let room = LOG_LIMIT.saturating_sub(log.len());
+                            log.extend_from_slice(&buf[..n.min(room)]);
+                        }
+                    }
+                }
+                let status = match child.wait() {
+                    Ok(s) => s.to_string(),
+                    Err(e) => format!("unknown: {e}"),
+                };
+                let _ = tx.send(Some(status));
+            })
+            .map_err(|e| VmmError::io("start a VM's watcher thread", e))?;
+        Ok(Self { pid, exit: ExitWatch(rx), stderr })
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// A handle that tells when it ends.
+    pub fn exit(&self) -> ExitWatch {
+        self.exit.clone()
+    }
+
+    /// What it wrote to its error output, at most 16 KiB.
+    pub fn log(&self) -> String {
+        self.stderr.lock().map(|l| String::from_utf8_lossy(&l).trim().to_owned()).unwrap_or_default()
+    }
+
+    fn signal_kill(&self) {
+        // The watcher thread reaps; until it has told so the pid cannot be another process's.
+        if self.exit.status().is_none() {
+            // SAFETY: kill has no memory effects.
+            unsafe { libc::kill(self.pid as i32, libc::SIGKILL) };
+        }
+    }
+
+    /// Kills it and waits for its end.
+    pub async fn kill(self) -> String {
+        self.signal_kill();
+        self.exit.clone().wait().await
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.signal_kill();
+    }
+}
+
+fn fork(spawn: Spawn) -> io::Result<Child> {
+    let Spawn { program, args, keep, netns, uid, groups, cgroup_procs } = spawn;
+    let keep_raw: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
+    let netns_raw = netns.as_raw_fd();
+    // Opened here: the child must not allocate between fork and exec.
+    let procs = cgroup_procs
+        .iter()
+        .map(|p| File::options().write(true).open(p))
+        .collect::<io::Result<Vec<_>>>()?;
+    let procs_raw: Vec<RawFd> = procs.iter().map(AsRawFd::as_raw_fd).collect();
+    let daemon = std::process::id() as i32;
+    let mut command = Command::new(program);
+    command.args(args).env_clear().env("PATH", "/usr/bin:/bin").current_dir("/");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let check = |r: libc::c_int| if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // SAFETY: only async-signal-safe calls are made between fork and exec: raw system calls on
+    // numbers and buffers that were prepared before the fork.
+    unsafe {
+        command.pre_exec(move || {
+            for fd in &procs_raw {
+                if libc::write(*fd, c"0".as_ptr().cast(), 1) != 1 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            check(libc::setns(netns_raw, libc::CLONE_NEWNET))?;
+            let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            check(libc::setrlimit(libc::RLIMIT_CORE, &no_core))?;
+            check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+            check(libc::setresgid(uid, uid, uid))?;
+            check(libc::setresuid(uid, uid, uid))?;
+            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+            // After the change of user, which clears it.
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
+            if libc::getppid() != daemon {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            for fd in &keep_raw {
+                check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
+            }
+            Ok(())
+        });
+    }
+    let child = command.spawn();
+    drop((keep, netns, procs));
+    child
+}
+
+/// A connected pair of unix stream sockets, both close-on-exec; the first is non-blocking and
+/// ready for tokio.
+pub fn socket_pair() -> Result<(std::os::unix::net::UnixStream, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` has room for the two numbers that the call writes.
+    let r = unsafe {
+        libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr())
+    };
+    if r < 0 {
+        return Err(VmmError::io("make a socket pair", io::Error::last_os_error()));
+    }
+    // SAFETY: both numbers are open sockets that nothing else owns.
+    let (a, b) = unsafe {
+        (std::os::unix::net::UnixStream::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
+    };
+    a.set_nonblocking(true).map_err(|e| VmmError::io("make a socket non-blocking", e))?;
+    Ok((a, b))
+}
