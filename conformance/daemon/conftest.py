@@ -1,0 +1,79 @@
+"""Fixtures of the daemon suite: every test starts and ends its own `nidus serve`.
+
+One data directory (NIDUS_TEST_DATA_DIR, default /var/lib/nidus-test) holds the base template, which
+is built once; one daemon at a time runs on it.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.daemon import DEFAULT_DATA_DIR, REPO, Daemon
+
+LEAKCHECK = REPO / "scripts/leakcheck.sh"
+
+
+class Host:
+    """What was on the host before a test, and what is there beyond it."""
+
+    def __init__(self, snapshot: Path):
+        self.snapshot = snapshot
+        self.run("snapshot")
+
+    def run(self, verb, grace="5"):
+        return subprocess.run(
+            [str(LEAKCHECK), verb, str(self.snapshot)],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "NIDUS_DATA_DIR": str(DEFAULT_DATA_DIR), "LEAK_GRACE": grace},
+            capture_output=True,
+            text=True,
+        )
+
+    def added(self) -> list[str]:
+        """Lines `kind<TAB>what` of what is there now and was not there then."""
+        out = self.run("compare", grace="0").stdout
+        return [line.strip() for line in out.splitlines() if "\t" in line]
+
+    def assert_clean(self):
+        done = self.run("compare", grace="10")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def host(tmp_path):
+    """The host before the test; the test is responsible for asking `assert_clean`."""
+    return Host(tmp_path / "host-before")
+
+
+@pytest.fixture
+def make_daemon(tmp_path):
+    """Makes daemons (not yet started) that are ended when the test ends."""
+    made = []
+
+    def make(**options):
+        options.setdefault("log_path", tmp_path / f"nidus-{len(made)}.log")
+        daemon = Daemon(**options)
+        made.append(daemon)
+        return daemon
+
+    yield make
+    for daemon in made:
+        daemon.end()
+
+
+@pytest.fixture
+def daemon(make_daemon):
+    """A daemon that runs, with a key."""
+    daemon = make_daemon().start()
+    daemon.create_key()
+    return daemon
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory):
+    """One running daemon, with a key, for the tests of a module that do not end it."""
+    daemon = Daemon(log_path=tmp_path_factory.mktemp("daemon") / "nidus.log").start()
+    try:
+        daemon.create_key()
+        yield daemon
+    finally:
+        daemon.end()

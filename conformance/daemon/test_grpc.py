@@ -1,0 +1,157 @@
+"""The node's SandboxService, called as E2B's own API server calls it: gRPC, no API in between."""
+
+import importlib
+import sys
+import time
+import uuid
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from grpc_tools import protoc
+from support.daemon import REPO, wait_for
+
+PROTO = REPO / "crates/proto/proto"
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """Python modules made from the .proto files that the daemon is built from."""
+    out = tmp_path_factory.mktemp("proto")
+    include = importlib.resources.files("grpc_tools") / "_proto"
+    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto"])
+    assert code == 0
+    sys.path.insert(0, str(out))
+    try:
+        yield importlib.import_module("orchestrator_pb2"), importlib.import_module("orchestrator_pb2_grpc")
+    finally:
+        sys.path.remove(str(out))
+
+
+@pytest.fixture(scope="module")
+def node(shared_daemon, generated):
+    """(messages, stub) of the node."""
+    messages, services = generated
+    with grpc.insecure_channel(shared_daemon.node_addr) as channel:
+        yield messages, services.SandboxServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def template_config(shared_daemon, node):
+    """The configuration that our own API sends for a sandbox of `base`, read back with List."""
+    status, made = shared_daemon.rest("POST", "/sandboxes", {"templateID": "base", "timeout": 60})
+    assert status == 201, made
+    _, stub = node
+    running = [s for s in stub.List(Empty()).sandboxes if s.config.sandbox_id == made["sandboxID"]]
+    assert len(running) == 1
+    status, _ = shared_daemon.rest("DELETE", f"/sandboxes/{made['sandboxID']}")
+    assert status == 204
+    return running[0].config
+
+
+def request(messages, template_config, seconds, **changes):
+    config = messages.SandboxConfig()
+    config.CopyFrom(template_config)
+    config.sandbox_id = "i" + uuid.uuid4().hex[:19]
+    config.execution_id = str(uuid.uuid4())
+    config.ClearField("env_vars")
+    config.ClearField("metadata")
+    for name, value in changes.items():
+        field = getattr(config, name)
+        field.update(value) if isinstance(value, dict) else setattr(config, name, value)
+    create = messages.SandboxCreateRequest(sandbox=config)
+    create.start_time.GetCurrentTime()
+    create.end_time.FromMilliseconds(int((time.time() + seconds) * 1000))
+    return create
+
+
+def listed(stub):
+    return {sandbox.config.sandbox_id: sandbox for sandbox in stub.List(Empty()).sandboxes}
+
+
+def test_create_list_update_delete(node, template_config):
+    messages, stub = node
+    create = request(messages, template_config, 120, metadata={"who": "grpc"}, env_vars={"A": "b"})
+    answer = stub.Create(create)
+    assert answer.client_id
+    sandbox_id = create.sandbox.sandbox_id
+    sandbox = listed(stub)[sandbox_id]
+    assert sandbox.config.metadata == {"who": "grpc"}
+    assert sandbox.config.build_id == template_config.build_id
+    assert sandbox.client_id == answer.client_id
+    assert abs(sandbox.end_time.ToMilliseconds() - create.end_time.ToMilliseconds()) < 1000
+
+    update = messages.SandboxUpdateRequest(sandbox_id=sandbox_id)
+    update.end_time.FromMilliseconds(create.end_time.ToMilliseconds() + 100_000)
+    stub.Update(update)
+    assert abs(listed(stub)[sandbox_id].end_time.ToMilliseconds() - update.end_time.ToMilliseconds()) < 1000
+
+    stub.Delete(messages.SandboxDeleteRequest(sandbox_id=sandbox_id))
+    assert sandbox_id not in listed(stub)
+
+
+def test_the_node_alone_ends_a_sandbox_at_its_time(node, template_config):
+    """No API asks for it: the node keeps the end time itself."""
+    messages, stub = node
+    create = request(messages, template_config, 5)
+    stub.Create(create)
+    sandbox_id = create.sandbox.sandbox_id
+    assert sandbox_id in listed(stub)
+    wait_for("the node to end the sandbox", lambda: sandbox_id not in listed(stub), 30, every=0.1)
+    assert time.time() >= create.end_time.ToMilliseconds() / 1000 - 0.5, "it ended too early"
+
+
+def test_an_update_brings_the_end_nearer(node, template_config):
+    messages, stub = node
+    create = request(messages, template_config, 600)
+    stub.Create(create)
+    sandbox_id = create.sandbox.sandbox_id
+    update = messages.SandboxUpdateRequest(sandbox_id=sandbox_id)
+    update.end_time.FromMilliseconds(int((time.time() + 2) * 1000))
+    stub.Update(update)
+    wait_for("the node to end the sandbox", lambda: sandbox_id not in listed(stub), 30, every=0.1)
+
+
+def status_of(call):
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), caught.value.details()
+
+
+def test_what_is_not_there(node, template_config):
+    messages, stub = node
+    code, details = status_of(lambda: stub.Delete(messages.SandboxDeleteRequest(sandbox_id="inosuch")))
+    assert code == grpc.StatusCode.NOT_FOUND and "inosuch" in details
+    update = messages.SandboxUpdateRequest(sandbox_id="inosuch")
+    update.end_time.GetCurrentTime()
+    assert status_of(lambda: stub.Update(update))[0] == grpc.StatusCode.NOT_FOUND
+    missing = str(uuid.uuid4())
+    code, details = status_of(lambda: stub.Create(request(messages, template_config, 60, build_id=missing)))
+    assert code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION) and missing in details
+
+
+@pytest.mark.parametrize("changes", [{"sandbox_id": ""}, {"sandbox_id": "../../x"}, {"build_id": "../../etc"}, {"build_id": ""}], ids=repr)
+def test_broken_requests(node, template_config, changes):
+    messages, stub = node
+    create = request(messages, template_config, 60, **changes)
+    assert status_of(lambda: stub.Create(create))[0] == grpc.StatusCode.INVALID_ARGUMENT
+    assert status_of(lambda: stub.Create(messages.SandboxCreateRequest()))[0] == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_same_id_twice(node, template_config):
+    messages, stub = node
+    create = request(messages, template_config, 60)
+    stub.Create(create)
+    try:
+        assert status_of(lambda: stub.Create(create))[0] == grpc.StatusCode.ALREADY_EXISTS
+        assert create.sandbox.sandbox_id in listed(stub)
+    finally:
+        stub.Delete(messages.SandboxDeleteRequest(sandbox_id=create.sandbox.sandbox_id))
+
+
+def test_health_over_http_on_the_same_port(shared_daemon):
+    import httpx
+
+    answer = httpx.get(f"http://{shared_daemon.node_addr}/health")
+    assert answer.status_code == 200
+    assert answer.json()["status"].lower() == "healthy"
