@@ -1,1 +1,17 @@
-//! What a template is, and how one is built: rootfs, cold boot, snapshot
+//! What a template is, and how one is built.
+//!
+//! A template is a directory of artifacts in storage: root disk, guest memory, device state and
+//! [`TemplateMetadata`]. It is built once ([`Builder`]): a root file system is made, a VM boots
+//! it, and when envd answers the VM is stopped and saved. Sandboxes resume from there.
+
+mod boot;
+mod build;
+mod command;
+mod kernel;
+mod metadata;
+mod rootfs;
+
+pub use boot::limits;
+pub use build::{BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, Source};
+pub use kernel::ensure as ensure_kernel;
+pub use metadata::{MetadataError, TemplateMetadata};

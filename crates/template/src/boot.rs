@@ -1,0 +1,209 @@
+//! Cold boot of a new root disk, and the snapshot of the guest once it is ready.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nidus_block::{BlockDevice, FileDevice, NbdServer, Overlay, ReadDevice};
+use nidus_envd_protocol::{Client, EnvdClient, StartCommand};
+use nidus_network::{NetworkSlot, Pool};
+use nidus_vmm::{Boot, Limits, Memory, Vm, VmConfig, Vmm};
+use tokio_util::sync::CancellationToken;
+
+use crate::BuildError;
+use crate::build::{Level, Log, envd_addr};
+
+/// What to boot and where to save it.
+pub struct ColdBoot {
+    /// Name of the VM.
+    pub name: String,
+    /// Kernel.
+    pub boot: Boot,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// MiB.
+    pub memory_mb: u32,
+    /// Root disk; the guest's writes are in it afterwards.
+    pub rootfs: PathBuf,
+    /// Made here; holds the guest's memory afterwards.
+    pub memfile: PathBuf,
+    /// Made here; holds the device state afterwards.
+    pub snapfile: PathBuf,
+    /// Scratch file for the guest's writes.
+    pub overlay: PathBuf,
+    /// See [`crate::BuildConfig`].
+    pub uid_base: u32,
+    /// Longest time until envd answers.
+    pub limit: Duration,
+}
+
+/// Commands run in the guest before the snapshot, so that what a first command needs is in the
+/// page cache that all sandboxes share: shells, Python and its start-up modules.
+const WARM_UP: &[&str] = &[
+    "python3 -c 'import json, os, sys, subprocess, socket, http.server, uuid, random, asyncio'",
+    "ls -la / /home/user; cat /etc/os-release; id; git --version; curl --version; sudo -n true",
+    "echo ready",
+];
+
+/// Boots, waits, warms up, saves. Every part that was acquired is released in reverse order.
+pub async fn cold_boot(
+    vmm: &dyn Vmm,
+    network: &Pool,
+    cold: &ColdBoot,
+    log: &Log,
+    cancel: &CancellationToken,
+) -> Result<(), BuildError> {
+    let slot = network.acquire().await?;
+    let result = with_slot(vmm, &slot, cold, log, cancel).await;
+    network.release(slot).await;
+    result
+}
+
+async fn with_slot(
+    vmm: &dyn Vmm,
+    slot: &NetworkSlot,
+    cold: &ColdBoot,
+    log: &Log,
+    cancel: &CancellationToken,
+) -> Result<(), BuildError> {
+    let base: Arc<dyn ReadDevice> = Arc::new(FileDevice::open(&cold.rootfs).await?);
+    let overlay = Arc::new(Overlay::create(base, &cold.overlay).await?);
+    let (server, disk) = NbdServer::pair("root", overlay.clone())?;
+    let result = async {
+        let memfile = new_file(&cold.memfile)?;
+        memfile
+            .set_len(u64::from(cold.memory_mb) << 20)
+            .map_err(|e| BuildError::io("size", &cold.memfile, e))?;
+        let config = VmConfig {
+            name: cold.name.clone(),
+            vcpus: cold.vcpus,
+            memory_mb: cold.memory_mb,
+            memory: Memory::Shared(memfile),
+            disk,
+            tap: slot.open_tap()?,
+            netns: slot.netns()?,
+            mac: nidus_network::GUEST_MAC.to_owned(),
+            uid: cold.uid_base + slot.index(),
+            limits: limits(cold.vcpus, cold.memory_mb),
+        };
+        log.info("boot", format!("cold boot with {}", vmm.id()));
+        // The VMM opens the memory by the file that it inherits, as its own user.
+        std::os::unix::fs::chown(&cold.memfile, Some(config.uid), Some(config.uid))
+            .map_err(|e| BuildError::io("change the owner of", &cold.memfile, e))?;
+        let mut vm = vmm.boot(config, &cold.boot).await?;
+        let saved = save(vm.as_mut(), slot, cold, log, cancel).await;
+        let killed = vm.kill().await;
+        saved?;
+        killed?;
+        overlay.flush().await?;
+        Ok(())
+    }
+    .await;
+    server.shutdown().await;
+    result?;
+    let (disk, target) = (overlay, cold.rootfs.clone());
+    let copied = crate::build::blocking(move || merge(&disk, &target)).await;
+    fs::set_permissions(&cold.memfile, std::os::unix::fs::PermissionsExt::from_mode(0o444))
+        .and_then(|()| std::os::unix::fs::chown(&cold.memfile, Some(0), Some(0)))
+        .map_err(|e| BuildError::io("change the owner of", &cold.memfile, e))?;
+    copied
+}
+
+/// Limits of a VM's process: the guest's memory and what the VMM itself needs (emulation keeps
+/// translated code and tables; shared/feasibility.md counted 40 MiB for a small guest).
+pub fn limits(vcpus: u32, memory_mb: u32) -> Limits {
+    Limits {
+        memory_bytes: (u64::from(memory_mb) + 320) << 20,
+        // The guest's processors, and a share for the VMM's own threads.
+        cpu_millis: vcpus * 1000 + 500,
+    }
+}
+
+async fn save(
+    vm: &mut dyn Vm,
+    slot: &NetworkSlot,
+    cold: &ColdBoot,
+    log: &Log,
+    cancel: &CancellationToken,
+) -> Result<(), BuildError> {
+    let envd = EnvdClient::new(envd_addr(slot.host_ip()), None);
+    let mut exit = vm.exit();
+    let started = std::time::Instant::now();
+    let reason = tokio::select! {
+        () = cancel.cancelled() => return Err(BuildError::Cancelled),
+        status = exit.wait() => Some(format!("the VM ended ({status})")),
+        r = envd.wait_ready(cold.limit) => r.err().map(|e| e.to_string()),
+    };
+    if let Some(reason) = reason {
+        return Err(BuildError::NotReady { reason, console: tail(&vm.console()) });
+    }
+    log.info("boot", format!("envd answers after {:.1} s", started.elapsed().as_secs_f64()));
+    warm_up(slot, vm, log, cancel).await?;
+    log.info("snapshot", "saving memory and device state");
+    vm.pause().await?;
+    vm.snapshot(new_file(&cold.snapfile)?).await?;
+    let size = fs::metadata(&cold.snapfile).map_err(|e| BuildError::io("look at", &cold.snapfile, e))?.len();
+    log.info("snapshot", format!("device state: {} KiB", size / 1024));
+    Ok(())
+}
+
+async fn warm_up(
+    slot: &NetworkSlot,
+    vm: &mut dyn Vm,
+    log: &Log,
+    cancel: &CancellationToken,
+) -> Result<(), BuildError> {
+    let client = Client::direct(envd_addr(slot.host_ip()));
+    let commands = WARM_UP.iter().map(|c| ("user", *c)).chain([("root", "sync")]);
+    for (user, command) in commands {
+        let run = client.run(StartCommand::shell(command).user(user));
+        let done = tokio::select! {
+            () = cancel.cancelled() => return Err(BuildError::Cancelled),
+            r = tokio::time::timeout(Duration::from_secs(120), run) => r,
+        };
+        let reason = match done {
+            Ok(Ok(out)) if out.exit_code == 0 => continue,
+            Ok(Ok(out)) => format!("'{command}' exited {}: {}", out.exit_code, String::from_utf8_lossy(&out.stderr)),
+            Ok(Err(e)) => format!("'{command}': {e}"),
+            Err(_) => format!("'{command}' took more than 120 s"),
+        };
+        log.at(Level::Warn, "warm-up", &reason);
+        return Err(BuildError::NotReady { reason, console: tail(&vm.console()) });
+    }
+    Ok(())
+}
+
+/// Writes the guest's changes back into the image, which nobody uses yet.
+fn merge(overlay: &Overlay, rootfs: &Path) -> Result<(), BuildError> {
+    use std::os::unix::fs::FileExt;
+    let wrap = |e| BuildError::io("merge the guest's writes into", rootfs, e);
+    let from = File::open(overlay.cache_path()).map_err(wrap)?;
+    let to = File::options().write(true).open(rootfs).map_err(wrap)?;
+    let block = nidus_block::overlay::BLOCK_SIZE;
+    let mut buf = vec![0u8; block as usize];
+    let size = overlay.size();
+    for range in overlay.dirty().ranges() {
+        for index in range {
+            let offset = index * block;
+            let len = block.min(size - offset) as usize;
+            from.read_exact_at(&mut buf[..len], offset).map_err(wrap)?;
+            to.write_all_at(&buf[..len], offset).map_err(wrap)?;
+        }
+    }
+    to.sync_all().map_err(wrap)
+}
+
+fn new_file(path: &Path) -> Result<File, BuildError> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(|e| BuildError::io("make", path, e))
+}
+
+fn tail(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}

@@ -1,0 +1,372 @@
+//! The build pipeline: kernel, root file system, cold boot, wait until ready, warm up, snapshot.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use nidus_network::Pool;
+use nidus_storage::{Artifact, BuildId, LocalStore, StagedBuild};
+use nidus_vmm::{Vmm, VmmError};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::TemplateMetadata;
+use crate::boot::{ColdBoot, cold_boot};
+use crate::rootfs;
+
+/// How serious a log line is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Output of a tool.
+    Debug,
+    /// A step and its result.
+    Info,
+    /// Something a person should look at.
+    Warn,
+    /// The reason of a failure.
+    Error,
+}
+
+/// One line of a build's log.
+#[derive(Debug, Clone)]
+pub struct BuildLog {
+    /// When.
+    pub time: DateTime<Utc>,
+    /// How serious.
+    pub level: Level,
+    /// Step that it belongs to.
+    pub step: &'static str,
+    /// The text.
+    pub message: String,
+}
+
+/// Where the root file system comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Debian packages of a suite (`bookworm`).
+    Debian {
+        /// Name of the suite.
+        suite: String,
+    },
+}
+
+/// What to build.
+#[derive(Debug, Clone)]
+pub struct BuildRequest {
+    /// Template that the build belongs to.
+    pub template_id: String,
+    /// Id of the new build.
+    pub build_id: BuildId,
+    /// Virtual processors, 1 to 32.
+    pub vcpu: u32,
+    /// Memory in MiB, 128 to 65,536, even.
+    pub memory_mb: u32,
+    /// Root disk in MiB.
+    pub disk_mb: u32,
+    /// Root file system.
+    pub source: Source,
+}
+
+impl BuildRequest {
+    fn check(&self) -> Result<(), BuildError> {
+        let bad = |text: String| Err(BuildError::BadRequest(text));
+        if !(1..=32).contains(&self.vcpu) {
+            return bad(format!("{} vCPUs are not between 1 and 32", self.vcpu));
+        }
+        if !(128..=65_536).contains(&self.memory_mb) || self.memory_mb % 2 != 0 {
+            return bad(format!("{} MiB of memory are not an even number from 128 to 65536", self.memory_mb));
+        }
+        if !(512..=1_048_576).contains(&self.disk_mb) {
+            return bad(format!("a disk of {} MiB is not between 512 and 1048576", self.disk_mb));
+        }
+        Ok(())
+    }
+}
+
+/// Files and ids that builds use on this host.
+#[derive(Debug, Clone)]
+pub struct BuildConfig {
+    /// Kernels by version.
+    pub kernels: PathBuf,
+    /// Directory for work in progress; emptied by [`Builder::reclaim`].
+    pub work: PathBuf,
+    /// The static envd program.
+    pub envd: PathBuf,
+    /// The static guest-init program.
+    pub guest_init: PathBuf,
+    /// The VMM of slot N runs as user id `uid_base + N`.
+    pub uid_base: u32,
+}
+
+/// Why a build failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The request cannot be carried out as it stands.
+    #[error("{0}")]
+    BadRequest(String),
+    /// Cancelled by its caller.
+    #[error("the build was cancelled")]
+    Cancelled,
+    /// A program is missing.
+    #[error("{program} was not found. Install it: apt-get install {package}")]
+    ToolMissing {
+        /// Program.
+        program: String,
+        /// Debian package.
+        package: &'static str,
+    },
+    /// A program failed.
+    #[error("{program} failed ({status}):\n{output}")]
+    Tool {
+        /// Program.
+        program: String,
+        /// Exit status.
+        status: String,
+        /// Its last lines.
+        output: String,
+    },
+    /// No kernel and no way to get one.
+    #[error("There is no guest kernel: Debian's package {package} cannot be had here. Run apt-get update, or put vmlinuz and modules/*.ko into {dir}/VERSION/")]
+    NoKernel {
+        /// Package tried.
+        package: &'static str,
+        /// Where a kernel could be put by hand.
+        dir: PathBuf,
+    },
+    /// The guest did not come up.
+    #[error("the guest was not ready: {reason}\nlast lines of its console:\n{console}")]
+    NotReady {
+        /// What was seen.
+        reason: String,
+        /// End of the console.
+        console: String,
+    },
+    /// A file operation.
+    #[error("Cannot {action}: {source}")]
+    Io {
+        /// What was being done, and to what.
+        action: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The VMM.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// Storage of artifacts.
+    #[error(transparent)]
+    Storage(#[from] nidus_storage::StorageError),
+    /// The root disk.
+    #[error(transparent)]
+    Block(#[from] nidus_block::BlockError),
+    /// Network of the build's VM.
+    #[error(transparent)]
+    Network(#[from] nidus_network::NetworkError),
+}
+
+impl BuildError {
+    /// An [`BuildError::Io`] about a path.
+    pub fn io(action: &str, path: &Path, source: std::io::Error) -> Self {
+        Self::Io { action: format!("{action} {}", path.display()), source }
+    }
+}
+
+/// Builds templates on this node.
+pub struct Builder {
+    config: BuildConfig,
+    store: Arc<LocalStore>,
+    vmm: Arc<dyn Vmm>,
+    network: Arc<Pool>,
+}
+
+/// Sends log lines of one step.
+#[derive(Clone)]
+pub(crate) struct Log(mpsc::UnboundedSender<BuildLog>);
+
+impl Log {
+    pub(crate) fn at(&self, level: Level, step: &'static str, message: impl Into<String>) {
+        let _ = self.0.send(BuildLog { time: Utc::now(), level, step, message: message.into() });
+    }
+
+    pub(crate) fn info(&self, step: &'static str, message: impl Into<String>) {
+        self.at(Level::Info, step, message);
+    }
+}
+
+/// How long a guest may take from power-on to envd's answer. Software emulation on a busy host
+/// is the slow end.
+const READY_LIMIT: Duration = Duration::from_secs(180);
+
+impl Builder {
+    /// A builder over this node's parts.
+    pub fn new(config: BuildConfig, store: Arc<LocalStore>, vmm: Arc<dyn Vmm>, network: Arc<Pool>) -> Self {
+        Self { config, store, vmm, network }
+    }
+
+    /// Removes what builds of a killed daemon left in the work directory.
+    pub fn reclaim(config: &BuildConfig) -> Result<(), BuildError> {
+        for entry in std::fs::read_dir(&config.work).into_iter().flatten().flatten() {
+            let path = entry.path();
+            std::fs::remove_dir_all(&path).map_err(|e| BuildError::io("remove", &path, e))?;
+        }
+        Ok(())
+    }
+
+    /// Runs a build to its end and publishes its artifacts; a failed or cancelled one leaves
+    /// nothing.
+    pub async fn build(
+        &self,
+        request: BuildRequest,
+        log: mpsc::UnboundedSender<BuildLog>,
+        cancel: CancellationToken,
+    ) -> Result<TemplateMetadata, BuildError> {
+        request.check()?;
+        let log = Log(log);
+        let work = self.config.work.join(request.build_id.to_string());
+        std::fs::create_dir_all(&work).map_err(|e| BuildError::io("make", &work, e))?;
+        let result = self.build_in(&work, &request, &log, &cancel).await;
+        let gone = work.clone();
+        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(gone)).await;
+        if !matches!(removed, Ok(Ok(()))) {
+            log.at(Level::Warn, "finish", format!("{} could not be removed", work.display()));
+        }
+        if let Err(e) = &result {
+            log.at(Level::Error, "failed", e.to_string());
+        }
+        result
+    }
+
+    async fn build_in(
+        &self,
+        work: &Path,
+        request: &BuildRequest,
+        log: &Log,
+        cancel: &CancellationToken,
+    ) -> Result<TemplateMetadata, BuildError> {
+        let staged = self.store.stage(request.build_id).await?;
+        log.info("kernel", "looking for a guest kernel");
+        let kernel =
+            crate::kernel::ensure(&self.config.kernels, cancel, |l| log.info("kernel", l)).await?;
+        log.info("kernel", format!("kernel {}", kernel.version));
+        let initrd = work.join("initrd");
+        kernel.write_initramfs(&self.config.guest_init, &initrd)?;
+        self.make_rootfs(work, request, &staged, log, cancel).await?;
+        let boot = ColdBoot {
+            name: format!("build-{}", request.build_id),
+            boot: nidus_vmm::Boot {
+                kernel: kernel.image(),
+                initrd,
+                cmdline: "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on"
+                    .into(),
+            },
+            vcpus: request.vcpu,
+            memory_mb: request.memory_mb,
+            rootfs: staged.path(Artifact::Rootfs),
+            memfile: staged.path(Artifact::Memfile),
+            snapfile: staged.path(Artifact::Snapfile),
+            overlay: work.join("overlay"),
+            uid_base: self.config.uid_base,
+            limit: READY_LIMIT,
+        };
+        cold_boot(self.vmm.as_ref(), &self.network, &boot, log, cancel).await?;
+        let metadata = self.finish(request, kernel.version, &staged).await?;
+        log.info("publish", "publishing the artifacts");
+        staged.commit().await?;
+        log.info("publish", format!("build {} is ready", request.build_id));
+        Ok(metadata)
+    }
+
+    async fn make_rootfs(
+        &self,
+        work: &Path,
+        request: &BuildRequest,
+        staged: &StagedBuild,
+        log: &Log,
+        cancel: &CancellationToken,
+    ) -> Result<(), BuildError> {
+        let root = work.join("rootfs");
+        let Source::Debian { suite } = &request.source;
+        log.info("rootfs", format!("making Debian {suite} from packages"));
+        let tool = |l: &str| {
+            let level = if l.starts_with("I: ") { Level::Info } else { Level::Debug };
+            log.at(level, "rootfs", l.trim_start_matches("I: "));
+        };
+        rootfs::debian(suite, &root, cancel, tool).await?;
+        let (tree, envd) = (root.clone(), self.config.envd.clone());
+        blocking(move || rootfs::customise(&tree, &envd)).await?;
+        log.info("rootfs", format!("writing an ext4 image of {} MiB", request.disk_mb));
+        rootfs::write_ext4(&root, &staged.path(Artifact::Rootfs), request.disk_mb, cancel, tool).await?;
+        blocking(move || std::fs::remove_dir_all(&root).map_err(|e| BuildError::io("remove", &root, e))).await
+    }
+
+    /// Headers and metadata.
+    async fn finish(
+        &self,
+        request: &BuildRequest,
+        kernel_version: String,
+        staged: &StagedBuild,
+    ) -> Result<TemplateMetadata, BuildError> {
+        let build = request.build_id;
+        for (artifact, size) in [
+            (Artifact::RootfsHeader, u64::from(request.disk_mb) << 20),
+            (Artifact::MemfileHeader, u64::from(request.memory_mb) << 20),
+        ] {
+            let header = nidus_block::header::Header::identity(build, size, nidus_vmm::PAGE_SIZE)
+                .map_err(|e| BuildError::BadRequest(e.to_string()))?;
+            staged.write(artifact, header.to_bytes()).await?;
+        }
+        let metadata = TemplateMetadata {
+            version: TemplateMetadata::VERSION,
+            template_id: request.template_id.clone(),
+            build_id: build,
+            kernel_version,
+            vmm: self.vmm.id(),
+            vcpu: request.vcpu,
+            memory_mb: request.memory_mb,
+            disk_mb: request.disk_mb,
+            envd_version: nidus_envd_protocol::ENVD_VERSION.to_owned(),
+            created_at: Utc::now(),
+        };
+        let text = serde_json::to_vec_pretty(&metadata)
+            .map_err(|e| BuildError::Io { action: "write metadata.json".into(), source: e.into() })?;
+        staged.write(Artifact::Metadata, text).await?;
+        Ok(metadata)
+    }
+}
+
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
+) -> Result<T, BuildError> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| BuildError::Io {
+        action: "finish a file operation".into(),
+        source: std::io::Error::other(e),
+    })?
+}
+
+/// envd's address in a slot.
+pub(crate) fn envd_addr(host_ip: std::net::Ipv4Addr) -> SocketAddr {
+    SocketAddr::from((host_ip, nidus_envd_protocol::ENVD_PORT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_out_of_bounds_are_refused_by_name() {
+        let good = BuildRequest {
+            template_id: "t".into(),
+            build_id: BuildId::random(),
+            vcpu: 1,
+            memory_mb: 512,
+            disk_mb: 2048,
+            source: Source::Debian { suite: "bookworm".into() },
+        };
+        assert!(good.check().is_ok());
+        let text = |r: BuildRequest| r.check().unwrap_err().to_string();
+        assert!(text(BuildRequest { vcpu: 0, ..good.clone() }).contains("vCPU"));
+        assert!(text(BuildRequest { memory_mb: 513, ..good.clone() }).contains("memory"));
+        assert!(text(BuildRequest { disk_mb: 1, ..good }).contains("disk"));
+    }
+}

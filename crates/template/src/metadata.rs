@@ -1,0 +1,132 @@
+//! `metadata.json` of a build: what is needed to resume it, and by what.
+
+use chrono::{DateTime, Utc};
+use nidus_storage::BuildId;
+use nidus_vmm::DriverId;
+use serde::{Deserialize, Serialize};
+
+/// Contents of `metadata.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TemplateMetadata {
+    /// Version of this document.
+    pub version: u32,
+    /// Template that the build belongs to.
+    pub template_id: String,
+    /// This build.
+    pub build_id: BuildId,
+    /// Version of the guest's kernel.
+    pub kernel_version: String,
+    /// The VMM that made the state snapshot, and the only one that may load it.
+    pub vmm: DriverId,
+    /// Virtual processors.
+    pub vcpu: u32,
+    /// Guest memory in MiB.
+    pub memory_mb: u32,
+    /// Size of the root disk in MiB.
+    pub disk_mb: u32,
+    /// Version of the envd inside.
+    pub envd_version: String,
+    /// When the build was finished.
+    pub created_at: DateTime<Utc>,
+}
+
+/// A metadata document that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MetadataError {
+    /// Not JSON, or fields are missing.
+    #[error("metadata.json of build {build} cannot be read: {source}")]
+    Malformed {
+        /// The build.
+        build: BuildId,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// Made by a newer Nidus.
+    #[error("metadata.json of build {build} has version {found}; this nidus reads up to {known}")]
+    TooNew {
+        /// The build.
+        build: BuildId,
+        /// Its version.
+        found: u32,
+        /// Highest known.
+        known: u32,
+    },
+    /// The snapshot was made by another VMM.
+    #[error(
+        "build {build} was made by {made_by} and cannot be resumed by {here}; build the template again on this host (nidus template build)"
+    )]
+    OtherVmm {
+        /// The build.
+        build: BuildId,
+        /// The VMM that saved it.
+        made_by: DriverId,
+        /// The VMM of this node.
+        here: DriverId,
+    },
+}
+
+impl TemplateMetadata {
+    /// Version written by this program.
+    pub const VERSION: u32 = 1;
+
+    /// Reads the document of `build`.
+    pub fn parse(build: BuildId, text: &[u8]) -> Result<Self, MetadataError> {
+        let m: Self =
+            serde_json::from_slice(text).map_err(|source| MetadataError::Malformed { build, source })?;
+        if m.version > Self::VERSION {
+            return Err(MetadataError::TooNew { build, found: m.version, known: Self::VERSION });
+        }
+        Ok(m)
+    }
+
+    /// Refuses a snapshot that this node's VMM did not make.
+    pub fn check_vmm(&self, here: &DriverId) -> Result<(), MetadataError> {
+        if self.vmm == *here {
+            return Ok(());
+        }
+        Err(MetadataError::OtherVmm { build: self.build_id, made_by: self.vmm.clone(), here: here.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> TemplateMetadata {
+        TemplateMetadata {
+            version: 1,
+            template_id: "t".into(),
+            build_id: BuildId::random(),
+            kernel_version: "6.1".into(),
+            vmm: DriverId { driver: "qemu".into(), version: "10.0.2".into(), accel: "tcg".into() },
+            vcpu: 1,
+            memory_mb: 512,
+            disk_mb: 1024,
+            envd_version: "0.1.0".into(),
+            created_at: Utc::now(),
+        }
+    }
+
+    #[test]
+    fn a_document_survives_writing_and_reading() {
+        let m = sample();
+        let text = serde_json::to_vec(&m).unwrap();
+        assert_eq!(TemplateMetadata::parse(m.build_id, &text).unwrap(), m);
+    }
+
+    #[test]
+    fn another_vmm_is_refused_with_both_names() {
+        let m = sample();
+        let here = DriverId { driver: "firecracker".into(), version: "1.16.1".into(), accel: "kvm".into() };
+        let e = m.check_vmm(&here).unwrap_err().to_string();
+        assert!(e.contains("qemu 10.0.2 (tcg)") && e.contains("firecracker 1.16.1"), "{e}");
+        assert!(m.check_vmm(&m.vmm).is_ok());
+    }
+
+    #[test]
+    fn a_newer_document_is_refused() {
+        let m = TemplateMetadata { version: 99, ..sample() };
+        let text = serde_json::to_vec(&m).unwrap();
+        assert!(matches!(TemplateMetadata::parse(m.build_id, &text), Err(MetadataError::TooNew { .. })));
+    }
+}
