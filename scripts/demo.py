@@ -84,7 +84,7 @@ def table() -> None:
 def main() -> int:
     data_dir = Path(os.environ["NIDUS_DATA_DIR"])
     running = Daemon(data_dir, ports=DEFAULT_PORTS)
-    if running.health() == 204 and running.cli("key", "create").returncode == 0:
+    if running.health() == 204:
         print(f"a daemon already serves {running.api_url}: using it, and leaving it running")
         running.create_key()
         show_life(running)
