@@ -1,1 +1,21 @@
-//! A sandbox and its life cycle: the factory, the warm pool, create, kill
+//! A sandbox and its life cycle.
+//!
+//! The [`Factory`] makes sandboxes out of templates. What a resume needs before its guest may run
+//! (namespace, disk, VMM process, loaded device state) depends on the template alone, so it is
+//! done ahead of need: a *warm* machine stands stopped at the snapshot, and creating a sandbox
+//! means to let it run and to tell its envd who it is.
+//!
+//! Every part is acquired in the order slot, disk, VMM and released in the reverse order, on
+//! every path; what the daemon leaves behind when it is killed is found by `reclaim` at its next
+//! start (cgroups, namespaces) or goes with the process (VMs, overlays without a name).
+
+mod error;
+mod factory;
+mod machine;
+mod template;
+mod warm;
+
+pub use error::{CreateError, KillError};
+pub use factory::{Factory, FactoryConfig, Sandbox, SandboxSpec};
+pub use template::OpenTemplate;
+pub use warm::WarmStats;

@@ -1,0 +1,336 @@
+//! The factory: opens templates, keeps warm machines, creates sandboxes.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use chrono::Utc;
+use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
+use nidus_network::Pool;
+use nidus_storage::{BuildId, LocalStore};
+use nidus_template::TemplateMetadata;
+use nidus_vmm::Vmm;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::machine::{Machine, Parts};
+use crate::warm::{WarmSet, WarmStats};
+use crate::{CreateError, KillError, OpenTemplate};
+
+/// Settings of a factory.
+#[derive(Debug, Clone)]
+pub struct FactoryConfig {
+    /// Directory of overlay files; emptied when the factory starts.
+    pub overlays: PathBuf,
+    /// The VMM of slot N runs as user id `uid_base + N`.
+    pub uid_base: u32,
+    /// Machines kept warm for each template in use; 0 turns it off.
+    pub warm: usize,
+    /// Longest time from letting a guest run to envd's answer.
+    pub envd_limit: Duration,
+}
+
+/// What a sandbox is to be.
+#[derive(Debug, Clone)]
+pub struct SandboxSpec {
+    /// Its id.
+    pub sandbox_id: String,
+    /// Id of this run of it.
+    pub execution_id: String,
+    /// Template build to resume.
+    pub build_id: BuildId,
+    /// Environment of every command.
+    pub env_vars: HashMap<String, String>,
+    /// Token that envd asks for.
+    pub access_token: Option<String>,
+    /// Whether it may reach the internet.
+    pub allow_internet: bool,
+}
+
+/// Makes sandboxes on this node.
+pub struct Factory {
+    inner: Arc<Inner>,
+    refill: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Inner {
+    config: FactoryConfig,
+    store: Arc<LocalStore>,
+    vmm: Arc<dyn Vmm>,
+    network: Arc<Pool>,
+    templates: tokio::sync::Mutex<HashMap<BuildId, Arc<OpenTemplate>>>,
+    warm: WarmSet,
+    wake: Notify,
+    stop: CancellationToken,
+}
+
+impl Factory {
+    /// A factory over this node's parts. Overlay files of an earlier, killed daemon are removed.
+    ///
+    /// # Errors
+    /// When the overlay directory cannot be made or emptied.
+    pub fn start(
+        config: FactoryConfig,
+        store: Arc<LocalStore>,
+        vmm: Arc<dyn Vmm>,
+        network: Arc<Pool>,
+    ) -> Result<Self, CreateError> {
+        let dir = &config.overlays;
+        std::fs::create_dir_all(dir).map_err(|e| CreateError::io(format!("make {}", dir.display()), e))?;
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            std::fs::remove_file(entry.path())
+                .map_err(|e| CreateError::io(format!("remove {}", entry.path().display()), e))?;
+        }
+        let inner = Arc::new(Inner {
+            config,
+            store,
+            vmm,
+            network,
+            templates: Default::default(),
+            warm: WarmSet::default(),
+            wake: Notify::new(),
+            stop: CancellationToken::new(),
+        });
+        let refill = tokio::spawn(refill(inner.clone()));
+        Ok(Self { inner, refill: Mutex::new(Some(refill)) })
+    }
+
+    /// Resumes a template as a new sandbox. Returns when envd has answered; `cancel` ends it
+    /// early, and then, as on every error, nothing of it is left.
+    pub async fn create(&self, spec: SandboxSpec, cancel: CancellationToken) -> Result<Sandbox, CreateError> {
+        let inner = self.inner.clone();
+        // A task of its own: a caller that goes away must not leave a machine half made.
+        let task = tokio::spawn(async move { inner.create(spec, cancel).await });
+        task.await.map_err(|e| CreateError::io("finish a sandbox's creation", std::io::Error::other(e)))?
+    }
+
+    /// Keeps machines of this build warm from now on.
+    pub async fn prewarm(&self, build: BuildId) {
+        self.inner.want(build).await;
+    }
+
+    /// Forgets a build that was deleted.
+    pub async fn forget(&self, build: BuildId) {
+        self.inner.templates.lock().await.remove(&build);
+        self.inner.destroy_all(self.inner.warm.forget(build)).await;
+    }
+
+    /// Counters of the warm set.
+    pub fn warm_stats(&self) -> &WarmStats {
+        &self.inner.warm.stats
+    }
+
+    /// The storage that builds are read from.
+    pub fn store(&self) -> &Arc<LocalStore> {
+        &self.inner.store
+    }
+
+    /// Releases all warm machines and makes no more. Sandboxes are their owners' to kill, and
+    /// the network pool is to be shut down after them.
+    pub async fn shutdown(&self) {
+        self.inner.stop.cancel();
+        let task = self.refill.lock().take();
+        if let Some(task) = task {
+            let _ = task.await;
+        }
+        self.inner.destroy_all(self.inner.warm.close()).await;
+    }
+}
+
+impl Inner {
+    async fn create(self: Arc<Self>, spec: SandboxSpec, cancel: CancellationToken) -> Result<Sandbox, CreateError> {
+        if self.stop.is_cancelled() {
+            return Err(CreateError::ShuttingDown);
+        }
+        let mut dead = Vec::new();
+        let machine = match self.warm.take(spec.build_id, &mut dead) {
+            Some(m) => m,
+            None => self.prepare(spec.build_id).await?,
+        };
+        if !dead.is_empty() {
+            let this = self.clone();
+            tokio::spawn(async move { this.destroy_all(dead).await });
+        }
+        let mut sandbox = Sandbox { spec, machine, inner: self.clone() };
+        let started = tokio::select! {
+            () = cancel.cancelled() => Err(CreateError::Cancelled),
+            r = sandbox.wake() => r,
+        };
+        // Only now: making the next one must not take the processors from this one.
+        self.want(sandbox.spec.build_id).await;
+        match started {
+            Ok(()) => Ok(sandbox),
+            Err(e) => {
+                if let Err(also) = sandbox.kill().await {
+                    tracing::warn!("while a failed sandbox was released: {also}");
+                }
+                Err(e)
+            }
+        }
+    }
+
+    async fn template(&self, build: BuildId) -> Result<Arc<OpenTemplate>, CreateError> {
+        let mut templates = self.templates.lock().await;
+        if let Some(t) = templates.get(&build) {
+            return Ok(t.clone());
+        }
+        let t = Arc::new(OpenTemplate::open(&self.store, build, &self.vmm.id()).await?);
+        templates.insert(build, t.clone());
+        Ok(t)
+    }
+
+    async fn prepare(&self, build: BuildId) -> Result<Machine, CreateError> {
+        let template = self.template(build).await?;
+        let parts = Parts {
+            vmm: self.vmm.as_ref(),
+            network: &self.network,
+            overlays: &self.config.overlays,
+            uid_base: self.config.uid_base,
+        };
+        Machine::prepare(&parts, template).await
+    }
+
+    async fn want(&self, build: BuildId) {
+        if self.config.warm == 0 || self.stop.is_cancelled() {
+            return;
+        }
+        let out = self.warm.want(build);
+        self.wake.notify_one();
+        self.destroy_all(out).await;
+    }
+
+    async fn destroy_all(&self, machines: Vec<Machine>) {
+        for m in machines {
+            if let Err(e) = m.destroy(&self.network).await {
+                tracing::warn!("while a warm machine was released: {e}");
+            }
+        }
+    }
+}
+
+/// Makes machines until every wanted build has its share, one at a time.
+async fn refill(inner: Arc<Inner>) {
+    let mut pause = Duration::ZERO;
+    loop {
+        let next = inner.warm.lacking(inner.config.warm);
+        let Some(build) = next else {
+            tokio::select! {
+                () = inner.stop.cancelled() => return,
+                () = inner.wake.notified() => continue,
+            }
+        };
+        let made = inner.prepare(build).await;
+        if inner.stop.is_cancelled() {
+            if let Ok(m) = made {
+                inner.destroy_all(vec![m]).await;
+            }
+            return;
+        }
+        match made {
+            Ok(m) => {
+                pause = Duration::ZERO;
+                inner.destroy_all(inner.warm.put(build, m).into_iter().collect()).await;
+            }
+            Err(CreateError::TemplateNotFound(_) | CreateError::Template(_) | CreateError::Damaged { .. }) => {
+                tracing::warn!(%build, "this build cannot be kept warm");
+                inner.destroy_all(inner.warm.forget(build)).await;
+            }
+            Err(e) => {
+                pause = (pause * 2).clamp(Duration::from_millis(200), Duration::from_secs(10));
+                tracing::warn!(%build, retry_in = ?pause, "cannot make a warm machine: {e}");
+                tokio::select! {
+                    () = inner.stop.cancelled() => return,
+                    () = tokio::time::sleep(pause) => {}
+                }
+            }
+        }
+    }
+}
+
+/// A running sandbox. Its owner ends it with [`Sandbox::kill`].
+pub struct Sandbox {
+    spec: SandboxSpec,
+    machine: Machine,
+    inner: Arc<Inner>,
+}
+
+impl Sandbox {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.spec.sandbox_id
+    }
+
+    /// Address at which the host reaches its guest, any port.
+    pub fn host_ip(&self) -> Ipv4Addr {
+        self.machine.slot().host_ip()
+    }
+
+    /// Its template.
+    pub fn metadata(&self) -> &TemplateMetadata {
+        &self.machine.template().metadata
+    }
+
+    /// Bytes that its guest wrote to the disk so far.
+    pub fn disk_written(&self) -> u64 {
+        self.machine.disk_written()
+    }
+
+    /// Resolves with the VMM's exit status when it ended by itself.
+    pub fn exited(&self) -> impl Future<Output = String> + Send + 'static {
+        let mut exit = self.machine.exit();
+        async move { exit.wait().await }
+    }
+
+    /// Lets the guest run and tells its envd who it is: time, entropy, token, environment.
+    async fn wake(&mut self) -> Result<(), CreateError> {
+        let limit = self.inner.config.envd_limit;
+        self.machine.slot().set_internet(self.spec.allow_internet).await?;
+        let mut exit = self.machine.exit();
+        self.machine.vm().resume().await?;
+        // Two clones of one snapshot share the state of the kernel's random generator until
+        // this is mixed in; nothing but envd runs before.
+        let mut seed = [0u8; 64];
+        getrandom::fill(&mut seed)
+            .map_err(|e| CreateError::io("read random bytes", std::io::Error::other(e.to_string())))?;
+        let request = InitRequest {
+            env_vars: Some(self.environment()),
+            access_token: self.spec.access_token.clone(),
+            timestamp: Some(Utc::now()),
+            default_user: Some("user".to_owned()),
+            entropy: Some(base64::engine::general_purpose::STANDARD.encode(seed)),
+            lifecycle_id: Some(self.spec.execution_id.clone()),
+            ..InitRequest::default()
+        };
+        let envd = EnvdClient::new(SocketAddr::from((self.host_ip(), ENVD_PORT)), None);
+        tokio::select! {
+            status = exit.wait() => Err(CreateError::Ended(status)),
+            r = envd.init(&request, limit) => Ok(r?),
+        }
+    }
+
+    fn environment(&self) -> HashMap<String, String> {
+        let mut env = HashMap::from([
+            ("E2B_SANDBOX".to_owned(), "true".to_owned()),
+            ("E2B_SANDBOX_ID".to_owned(), self.spec.sandbox_id.clone()),
+            ("E2B_TEMPLATE_ID".to_owned(), self.metadata().template_id.clone()),
+        ]);
+        env.extend(self.spec.env_vars.clone());
+        env
+    }
+
+    /// Ends it and releases everything, in reverse order.
+    pub async fn kill(self) -> Result<(), KillError> {
+        let Self { machine, inner, .. } = self;
+        // A task of its own, so that it goes to its end when the caller goes away.
+        let task = tokio::spawn(async move { machine.destroy(&inner.network).await });
+        task.await.unwrap_or_else(|e| {
+            tracing::error!("the release of a sandbox did not finish: {e}");
+            Ok(())
+        })
+    }
+}
