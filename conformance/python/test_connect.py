@@ -172,10 +172,11 @@ def test_client_streaming_binary(envd, sbx):
 def test_a_tag_selects_a_process(envd, sbx):
     start = {"process": {"cmd": "/bin/sleep", "args": ["600"]}, "tag": "my-tag"}
     with envd.stream("POST", "/process.Process/Start", content=enveloped(json.dumps(start).encode()), headers={"Content-Type": "application/connect+json"}) as answer:
-        next(answer.iter_raw())
+        frames = answer.iter_raw()
+        next(frames)
         assert [p.tag for p in sbx.commands.list() if p.tag] == ["my-tag"]
         killed = post(envd, "/process.Process/SendSignal", json.dumps({"process": {"tag": "my-tag"}, "signal": "SIGNAL_SIGKILL"}).encode(), "json")
         assert killed.status_code == 200
-        answer.read()
+        assert b"signal: killed" in b"".join(frames)
     again = post(envd, "/process.Process/SendSignal", b'{"process": {"tag": "my-tag"}, "signal": "SIGNAL_SIGKILL"}', "json")
     assert again.status_code == 404
