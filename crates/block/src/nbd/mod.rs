@@ -1,0 +1,21 @@
+//! An NBD server for one device on a unix socket.
+//!
+//! It speaks the fixed newstyle handshake and both simple and structured replies, as in the
+//! protocol's specification (`doc/proto.md` of the NetworkBlockDevice/nbd repository); section
+//! names in comments refer to it. Several requests of a connection are worked on at once, and
+//! answered in the order in which they finish.
+//!
+//! The client is hostile: what it can make the server hold is bounded by [`limits`](self::wire),
+//! and a connection that breaks the protocol is closed.
+
+mod buffer;
+mod handshake;
+mod reply;
+mod server;
+mod session;
+mod transmission;
+pub mod wire;
+
+pub use handshake::HandshakeError;
+pub use server::{NbdServer, ServerError, SocketAccess};
+pub use session::{Export, SessionError, serve};

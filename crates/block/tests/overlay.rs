@@ -1,0 +1,297 @@
+//! The overlay against a plain byte array, side by side and one after another.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use nidus_block::{BLOCK_SIZE, BlockDevice, BlockError, FileDevice, Overlay, ReadDevice, Zeroing};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use proptest::prelude::*;
+use tempfile::TempDir;
+use tokio::sync::Notify;
+
+/// Not a multiple of the block size: the last block is short.
+const SIZE: usize = 20 * BLOCK_SIZE as usize - 700;
+
+fn template(dir: &TempDir) -> Vec<u8> {
+    let bytes: Vec<u8> = (0..SIZE).map(|i| (i % 251) as u8 + 1).collect();
+    std::fs::write(dir.path().join("rootfs"), &bytes).unwrap();
+    bytes
+}
+
+async fn overlay(dir: &TempDir) -> Overlay {
+    let base = FileDevice::open(dir.path().join("rootfs")).await.unwrap();
+    Overlay::create(Arc::new(base), dir.path().join("cache")).await.unwrap()
+}
+
+async fn read(device: &dyn ReadDevice, offset: u64, len: usize) -> Vec<u8> {
+    let mut buf = vec![0xee; len];
+    device.read_at(offset, &mut buf).await.unwrap();
+    let mut again = vec![0xdd; len];
+    if device.try_read_at(offset, &mut again).unwrap() {
+        assert_eq!(buf, again);
+    }
+    buf
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Read,
+    Write(u8),
+    Zero(Zeroing),
+    Trim,
+    Flush,
+}
+
+fn op() -> impl Strategy<Value = (Op, usize, usize)> {
+    let op = prop_oneof![
+        4 => Just(Op::Read),
+        6 => any::<u8>().prop_map(Op::Write),
+        1 => Just(Op::Zero(Zeroing::Hole)),
+        1 => Just(Op::Zero(Zeroing::Allocate)),
+        1 => Just(Op::Trim),
+        1 => Just(Op::Flush),
+    ];
+    // Aligned and unaligned, within a block and over many.
+    let len = prop_oneof![0usize..64, Just(4096), Just(8192), 0usize..30_000];
+    let offset = prop_oneof![0usize..=SIZE, (0usize..20).prop_map(|b| b * 4096)];
+    (op, offset, len).prop_map(|(op, offset, len)| (op, offset, len.min(SIZE - offset)))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+    #[test]
+    fn it_is_an_array_of_bytes(ops in prop::collection::vec(op(), 1..40)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let dir = TempDir::new().unwrap();
+            let original = template(&dir);
+            let mut model = original.clone();
+            let mut touched = vec![false; SIZE.div_ceil(BLOCK_SIZE as usize)];
+            let overlay = overlay(&dir).await;
+            for (op, offset, len) in ops {
+                let range = offset..offset + len;
+                let at = offset as u64;
+                match op {
+                    Op::Read => assert_eq!(read(&overlay, at, len).await, &model[range]),
+                    Op::Flush => overlay.flush().await.unwrap(),
+                    change => {
+                        match change {
+                            Op::Write(seed) => {
+                                let data: Vec<u8> = (0..len).map(|i| (i as u8).wrapping_mul(seed)).collect();
+                                model[range.clone()].copy_from_slice(&data);
+                                overlay.write_at(at, data.into()).await.unwrap();
+                            }
+                            Op::Zero(how) => overlay.write_zeroes(at, len as u64, how).await.unwrap(),
+                            _ => overlay.trim(at, len as u64).await.unwrap(),
+                        }
+                        if !matches!(change, Op::Write(_)) {
+                            model[range.clone()].fill(0);
+                        }
+                        if len > 0 {
+                            touched[range.start / 4096..range.end.div_ceil(4096)].fill(true);
+                        }
+                    }
+                }
+            }
+            assert_eq!(read(&overlay, 0, SIZE).await, model);
+            let dirty = overlay.dirty();
+            assert!((0..dirty.blocks()).all(|b| dirty.contains(b) == touched[b as usize]));
+            // What a snapshot would store gives the same device.
+            let mut rebuilt = original;
+            let cache = std::fs::read(overlay.cache_path()).unwrap();
+            for blocks in dirty.ranges() {
+                let bytes = (blocks.start * BLOCK_SIZE) as usize..((blocks.end * BLOCK_SIZE) as usize).min(SIZE);
+                rebuilt[bytes.clone()].copy_from_slice(&cache[bytes]);
+            }
+            assert_eq!(rebuilt, model);
+            drop(overlay);
+            assert!(!dir.path().join("cache").exists());
+        });
+    }
+}
+
+/// A device whose reads wait until they are let go, one by one.
+struct Slow {
+    inner: FileDevice,
+    asked: Arc<Notify>,
+    go: Arc<Notify>,
+}
+
+#[async_trait]
+impl ReadDevice for Slow {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+    fn try_read_at(&self, _: u64, _: &mut [u8]) -> Result<bool, BlockError> {
+        Ok(false)
+    }
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        self.asked.notify_one();
+        self.go.notified().await;
+        self.inner.read_at(offset, buf).await
+    }
+}
+
+/// The rest of a block comes up slowly; meanwhile others write to the same block.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_to_one_block_lose_no_bytes_to_one_another() {
+    let dir = TempDir::new().unwrap();
+    let original = template(&dir);
+    let (asked, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let base = Slow {
+        inner: FileDevice::open(dir.path().join("rootfs")).await.unwrap(),
+        asked: asked.clone(),
+        go: go.clone(),
+    };
+    let overlay = Arc::new(Overlay::create(Arc::new(base), dir.path().join("cache")).await.unwrap());
+    let write = |offset: u64, len: usize, byte: u8| {
+        let overlay = overlay.clone();
+        tokio::spawn(async move { overlay.write_at(offset, vec![byte; len].into()).await.unwrap() })
+    };
+    let first = write(4096 + 10, 10, 0xa1);
+    asked.notified().await;
+    // The first is now half-way: it has asked for the rest of the block and not written.
+    let partial = write(4096 + 100, 10, 0xa2);
+    let whole = write(8192, 4096, 0xa3);
+    tokio::task::yield_now().await;
+    // Let every read from below go, however many there are.
+    let pump = tokio::spawn(async move {
+        loop {
+            go.notify_one();
+            tokio::task::yield_now().await;
+        }
+    });
+    for task in [first, partial, whole] {
+        task.await.unwrap();
+    }
+    let mut expected = original;
+    expected[4096 + 10..4096 + 20].fill(0xa1);
+    expected[4096 + 100..4096 + 110].fill(0xa2);
+    expected[8192..12288].fill(0xa3);
+    assert_eq!(read(overlay.as_ref(), 0, SIZE).await, expected);
+    pump.abort();
+}
+
+/// Many writers at once, each with bytes of its own in every block, and readers that must see each
+/// byte either old or new.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn racing_writers_and_readers_see_old_or_new_bytes() {
+    const WRITERS: usize = 8;
+    const STRIPE: usize = 4096 / WRITERS;
+    for round in 0..20 {
+        let dir = TempDir::new().unwrap();
+        let original = template(&dir);
+        let overlay = Arc::new(overlay(&dir).await);
+        let mut tasks = Vec::new();
+        for writer in 0..WRITERS {
+            let overlay = overlay.clone();
+            tasks.push(tokio::spawn(async move {
+                for block in (0..16).rev().chain(0..16) {
+                    let at = block * 4096 + writer * STRIPE;
+                    overlay.write_at(at as u64, vec![0xf0 + writer as u8; STRIPE].into()).await.unwrap();
+                    // What was written is there.
+                    assert_eq!(
+                        read(overlay.as_ref(), at as u64, STRIPE).await,
+                        vec![0xf0 + writer as u8; STRIPE]
+                    );
+                }
+            }));
+        }
+        for reader in 0..3 {
+            let (overlay, original) = (overlay.clone(), original.clone());
+            tasks.push(tokio::spawn(async move {
+                for i in 0..40 {
+                    let at = (reader * 1234 + i * 777 + round) % (15 * 4096);
+                    for (n, byte) in read(overlay.as_ref(), at as u64, 5000).await.into_iter().enumerate() {
+                        let (n, new) = (at + n, 0xf0 + ((at + n) % 4096 / STRIPE) as u8);
+                        assert!(byte == original[n] || byte == new, "byte {n} is {byte:#x}");
+                    }
+                }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        for (n, byte) in read(overlay.as_ref(), 0, 16 * 4096).await.into_iter().enumerate() {
+            assert_eq!(byte, 0xf0 + (n % 4096 / STRIPE) as u8, "byte {n} of round {round}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_lies_beyond_the_device_is_refused() {
+    let dir = TempDir::new().unwrap();
+    template(&dir);
+    let overlay = overlay(&dir).await;
+    let size = SIZE as u64;
+    for (offset, len) in [(size, 1), (size - 1, 2), (u64::MAX, 1), (u64::MAX - 1, 2)] {
+        let mut buf = vec![0; len];
+        let out = |r: Result<(), BlockError>| matches!(r, Err(BlockError::OutOfRange { .. }));
+        assert!(out(overlay.read_at(offset, &mut buf).await));
+        assert!(out(overlay.try_read_at(offset, &mut buf).map(drop)));
+        assert!(out(overlay.write_at(offset, Bytes::from(buf)).await));
+        assert!(out(overlay.trim(offset, len as u64).await));
+    }
+    overlay.write_at(size, Bytes::new()).await.unwrap();
+    assert_eq!(overlay.dirty().count(), 0);
+}
+
+#[tokio::test]
+async fn an_existing_cache_file_is_neither_used_nor_removed() {
+    let dir = TempDir::new().unwrap();
+    template(&dir);
+    std::fs::write(dir.path().join("cache"), "another's").unwrap();
+    let base = Arc::new(FileDevice::open(dir.path().join("rootfs")).await.unwrap());
+    let error = Overlay::create(base, dir.path().join("cache")).await.err().unwrap();
+    assert!(error.to_string().contains("cannot create"), "{error}");
+    assert_eq!(std::fs::read(dir.path().join("cache")).unwrap(), b"another's");
+}
+
+#[tokio::test]
+async fn a_template_cut_short_is_an_error_not_zeros() {
+    let dir = TempDir::new().unwrap();
+    template(&dir);
+    let overlay = overlay(&dir).await;
+    std::fs::File::options().write(true).open(dir.path().join("rootfs")).unwrap().set_len(5000).unwrap();
+    let mut buf = vec![0; 4096];
+    let error = overlay.read_at(8192, &mut buf).await.unwrap_err();
+    assert!(matches!(error, BlockError::Truncated { .. }), "{error}");
+}
+
+/// In a thread with a mount namespace of its own, whose mounts go with it.
+#[test]
+fn a_full_disk_fails_the_write_and_shows_none_of_it() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: mounting a small tmpfs needs root");
+        return;
+    }
+    let test = || {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        let (dir, small) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        mount(Some("nidus-test"), small.path(), Some("tmpfs"), MsFlags::empty(), Some("size=32k")).unwrap();
+        let original = template(&dir);
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+            let base = Arc::new(FileDevice::open(dir.path().join("rootfs")).await.unwrap());
+            let overlay = Overlay::create(base, small.path().join("cache")).await.unwrap();
+            let error = overlay.write_at(0, vec![9; 15 * 4096].into()).await.unwrap_err();
+            assert!(matches!(error, BlockError::NoSpace { .. }), "{error}");
+            assert!(error.to_string().contains("no space left"), "{error}");
+            assert_eq!(overlay.dirty().count(), 0);
+            assert_eq!(read(&overlay, 0, SIZE).await, original);
+            // Zeroing shows nothing of the failed write either, and makes room.
+            overlay.trim(0, 15 * 4096).await.unwrap();
+            assert_eq!(read(&overlay, 0, 15 * 4096).await, vec![0; 15 * 4096]);
+            overlay.write_at(4096, vec![8; 4096].into()).await.unwrap();
+            assert_eq!(read(&overlay, 4096, 4096).await, vec![8; 4096]);
+        });
+        nix::mount::umount(small.path()).unwrap();
+    };
+    std::thread::spawn(test).join().unwrap();
+}
