@@ -1,0 +1,39 @@
+# Nidus. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BUILT := target/x86_64-unknown-linux-gnu/release
+
+.PHONY: help setup build demo test lint unit conformance bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing, from the system's packages
+	@scripts/setup.sh
+
+build: setup ## build target/release/nidus, envd and guest-init
+	cargo build --release --workspace --bins
+	@mkdir -p target/release
+	@for b in nidus envd guest-init; do ln -f $(BUILT)/$$b target/release/$$b; done
+
+demo: build ## set up, build the base template, run Python in a sandbox through the official SDK
+	@scripts/demo.sh
+
+lint: ## formatting and clippy, warnings are errors
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+
+unit: ## the crates' own tests
+	cargo test --release --workspace
+
+conformance: build ## the official SDKs and a daemon under stress, on real VMs
+	@conformance/run.sh
+
+test: setup lint unit conformance ## set up, then all tests
+
+bench: build ## measure, and write docs/performance.md
+	@scripts/bench.sh
+
+clean: ## remove what was built (not the data directory)
+	cargo clean
+	rm -rf .nidus conformance/js/node_modules
