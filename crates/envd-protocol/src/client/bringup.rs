@@ -1,0 +1,224 @@
+//! The client of a guest that is just coming up: it waits for envd and calls `POST /init`.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use http::{HeaderValue, Method, Request, StatusCode, header};
+use http_body_util::Full;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::EnvdError;
+use super::http1::{connect, exchange};
+use crate::{ACCESS_TOKEN_HEADER, InitRequest};
+
+/// Pause before a refused connection is tried again, so that a guest under emulation is not
+/// kept busy with refusing.
+const RETRY_FIRST: Duration = Duration::from_millis(5);
+const RETRY_MOST: Duration = Duration::from_millis(100);
+
+/// When a SYN has had no answer for so long, another connection is begun beside it: a SYN sent
+/// to a paused guest waits in its queue and is the fastest, but a lost one is repeated by the
+/// kernel only after a second.
+const HEDGE: Duration = Duration::from_millis(400);
+
+/// Error texts of envd are short.
+const MAX_ERROR_BYTES: usize = 16 << 10;
+
+/// Brings up the envd of one guest.
+#[derive(Debug, Clone)]
+pub struct EnvdClient {
+    address: SocketAddr,
+    host: String,
+    token: Option<String>,
+}
+
+impl EnvdClient {
+    /// A client of envd at `address`. `access_token` is the token that envd holds **now**: none
+    /// for a guest that was saved without one.
+    #[must_use]
+    pub fn new(address: SocketAddr, access_token: Option<String>) -> Self {
+        Self { address, host: address.to_string(), token: access_token }
+    }
+
+    /// Tells envd who the guest is. Waits for envd to come up: tries again as long as it is
+    /// refused or reset, until `limit` from now.
+    ///
+    /// # Errors
+    /// [`EnvdError::Deadline`] when envd did not answer in time; [`EnvdError::Status`] when it
+    /// refused (401: wrong token; 500: the clock or the entropy could not be set).
+    pub async fn init(&self, request: &InitRequest, limit: Duration) -> Result<(), EnvdError> {
+        let body = serde_json::to_vec(request)
+            .map_err(|e| EnvdError::Request { what: "POST /init".into(), reason: e.to_string() })?;
+        self.until("POST /init", Method::POST, "/init", body.into(), Instant::now() + limit, limit).await
+    }
+
+    /// Waits until envd answers `GET /health`, at most `limit` from now.
+    ///
+    /// # Errors
+    /// [`EnvdError::Deadline`] when it does not.
+    pub async fn wait_ready(&self, limit: Duration) -> Result<(), EnvdError> {
+        self.until("GET /health", Method::GET, "/health", Bytes::new(), Instant::now() + limit, limit).await
+    }
+
+    /// Asks once, and waits for an answer at most `limit`.
+    ///
+    /// # Errors
+    /// When there is no answer, or one that is no success.
+    pub async fn health(&self, limit: Duration) -> Result<(), EnvdError> {
+        let what = "GET /health";
+        let once = async {
+            let stream = connect(&self.host).await.map_err(|e| self.refused(e))?;
+            self.call(stream, what, Method::GET, "/health", Bytes::new()).await
+        };
+        tokio::time::timeout(limit, once).await.unwrap_or_else(|_| Err(self.late(what, limit, None)))
+    }
+
+    async fn until(
+        &self,
+        what: &'static str,
+        method: Method,
+        path: &'static str,
+        body: Bytes,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<(), EnvdError> {
+        let mut last = None;
+        let mut pause = RETRY_FIRST;
+        loop {
+            let attempt = async {
+                let stream = self.connect_hedged().await.map_err(|e| self.refused(e))?;
+                self.call(stream, what, method.clone(), path, body.clone()).await
+            };
+            match timeout_at(deadline, attempt).await {
+                Err(_) => return Err(self.late(what, limit, last)),
+                Ok(Err(e @ (EnvdError::Connect { .. } | EnvdError::Http { .. }))) => {
+                    last = Some(e.to_string());
+                }
+                Ok(done) => return done,
+            }
+            if timeout_at(deadline, sleep(pause)).await.is_err() {
+                return Err(self.late(what, limit, last));
+            }
+            pause = (pause * 2).min(RETRY_MOST);
+        }
+    }
+
+    /// The first of several connections, one begun every [`HEDGE`].
+    async fn connect_hedged(&self) -> io::Result<TcpStream> {
+        let mut attempts = FuturesUnordered::new();
+        loop {
+            attempts.push(connect(&self.host));
+            let next = HEDGE * attempts.len() as u32;
+            tokio::select! {
+                done = attempts.next() => match done {
+                    Some(done) => return done,
+                    None => continue,
+                },
+                () = sleep(next) => {}
+            }
+        }
+    }
+
+    async fn call(
+        &self,
+        stream: TcpStream,
+        what: &'static str,
+        method: Method,
+        path: &'static str,
+        body: Bytes,
+    ) -> Result<(), EnvdError> {
+        let mut request = Request::builder().method(method).uri(path).header(header::HOST, &self.host);
+        if !body.is_empty() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        if let Some(token) = &self.token {
+            let value = HeaderValue::from_str(token).map_err(|_| EnvdError::Request {
+                what: what.into(),
+                reason: "the access token is no header value".into(),
+            })?;
+            request = request.header(ACCESS_TOKEN_HEADER, value);
+        }
+        let request = request
+            .body(Full::new(body))
+            .map_err(|e| EnvdError::Request { what: what.into(), reason: e.to_string() })?;
+        let mut exchange = exchange(stream, &self.host, request).await?;
+        let status = exchange.response.status();
+        if status == StatusCode::NO_CONTENT || status == StatusCode::OK {
+            return Ok(());
+        }
+        let body = exchange
+            .collect(MAX_ERROR_BYTES)
+            .await
+            .map_err(|source| EnvdError::Http { address: self.host.clone(), source })?;
+        Err(EnvdError::Status {
+            what: what.into(),
+            status: status.as_u16(),
+            message: String::from_utf8_lossy(&body.bytes).trim().to_owned(),
+        })
+    }
+
+    fn refused(&self, source: io::Error) -> EnvdError {
+        EnvdError::Connect { address: self.address.to_string(), source }
+    }
+
+    fn late(&self, what: &'static str, limit: Duration, last: Option<String>) -> EnvdError {
+        EnvdError::Deadline { address: self.host.clone(), what, limit, last }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn init_goes_on_through_resets_until_it_is_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = EnvdClient::new(listener.local_addr().unwrap(), Some("old".into()));
+        let server = tokio::spawn(async move {
+            drop(listener.accept().await.unwrap());
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut seen = vec![0; 4096];
+            let n = stream.read(&mut seen).await.unwrap();
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+            String::from_utf8(seen[..n].to_vec()).unwrap()
+        });
+        let request = InitRequest { access_token: Some("new".into()), ..InitRequest::default() };
+        client.init(&request, Duration::from_secs(20)).await.unwrap();
+        let seen = server.await.unwrap();
+        assert!(seen.starts_with("POST /init HTTP/1.1\r\n"), "{seen}");
+        assert!(seen.contains("x-access-token: old"), "{seen}");
+        assert!(seen.ends_with(r#"{"accessToken":"new"}"#), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_by_envd_is_final_and_says_why() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = EnvdClient::new(listener.local_addr().unwrap(), None);
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut seen = vec![0; 4096];
+            assert_ne!(stream.read(&mut seen).await.unwrap(), 0);
+            stream.write_all(b"HTTP/1.1 401 U\r\ncontent-length: 5\r\n\r\nwrong").await.unwrap();
+        });
+        let error = client.init(&InitRequest::default(), Duration::from_secs(20)).await.unwrap_err();
+        server.await.unwrap();
+        assert_eq!(error.to_string(), "envd answered POST /init with status 401: wrong");
+    }
+
+    #[tokio::test]
+    async fn nobody_there_ends_at_the_deadline() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let error = EnvdClient::new(address, None).wait_ready(Duration::from_millis(60)).await.unwrap_err();
+        assert!(matches!(error, EnvdError::Deadline { last: Some(_), .. }), "{error}");
+    }
+}
