@@ -20,7 +20,7 @@ use crate::{BlockError, ReadDevice, Zeroing, device::check_range};
 pub(crate) const INLINE_MAX: usize = 1 << 20;
 
 /// Zeros are written in pieces of this size where the file system cannot make holes.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A file with positioned access and errors that name it.
 #[derive(Debug)]

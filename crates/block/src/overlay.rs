@@ -132,7 +132,7 @@ impl Overlay {
         (unless_cached(before, first), unless_cached(after, last))
     }
 
-    async fn from_below(&self, range: Range<u64>) -> Result<Vec<u8>, BlockError> {
+    async fn read_below(&self, range: Range<u64>) -> Result<Vec<u8>, BlockError> {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         if !bytes.is_empty() {
             self.base.read_at(range.start, &mut bytes).await?;
@@ -162,7 +162,7 @@ impl Overlay {
         let exclusive = self.changes.clone().write_owned().await;
         // Another change may have brought the block up in the meantime, and written to it.
         let (before, after) = self.missing(offset, len);
-        let (head, tail) = (self.from_below(before.clone()).await?, self.from_below(after.clone()).await?);
+        let (head, tail) = (self.read_below(before.clone()).await?, self.read_below(after.clone()).await?);
         let cache = self.cache.clone();
         blocking(move || {
             let result = cache
