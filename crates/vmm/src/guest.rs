@@ -8,8 +8,8 @@ use crate::{Result, VmmError};
 
 /// Modules that guest-init loads, in this order; those built into the kernel have no file.
 pub const MODULES: &[&str] = &[
-    "virtio",
     "virtio_ring",
+    "virtio",
     "virtio_mmio",
     "virtio_blk",
     "failover",
