@@ -57,7 +57,7 @@ def first_answer() -> None:
         try:
             with socket.create_connection(GUEST, timeout=0.5) as s:
                 s.sendall(b"GET /health HTTP/1.1\r\nHost: envd\r\nConnection: close\r\n\r\n")
-                if s.recv(64).startswith(b"HTTP/1.1 2"):
+                if s.recv(64)[:10] in (b"HTTP/1.1 2", b"HTTP/1.0 2"):
                     return
         except OSError:
             pass
