@@ -29,12 +29,19 @@ async fn overlay(dir: &TempDir) -> Overlay {
     Overlay::create(Arc::new(base), dir.path().join("cache")).await.unwrap()
 }
 
-async fn read(device: &dyn ReadDevice, offset: u64, len: usize) -> Vec<u8> {
+/// Reads once: what others write meanwhile may or may not be seen.
+async fn read_once(device: &dyn ReadDevice, offset: u64, len: usize) -> Vec<u8> {
     let mut buf = vec![0xee; len];
     device.read_at(offset, &mut buf).await.unwrap();
+    buf
+}
+
+/// Reads in both ways, which must agree as long as nobody writes.
+async fn read(device: &dyn ReadDevice, offset: u64, len: usize) -> Vec<u8> {
+    let buf = read_once(device, offset, len).await;
     let mut again = vec![0xdd; len];
     if device.try_read_at(offset, &mut again).unwrap() {
-        assert_eq!(buf, again);
+        assert!(buf == again, "two reads of {len} bytes at {offset} differ");
     }
     buf
 }
@@ -208,7 +215,9 @@ async fn racing_writers_and_readers_see_old_or_new_bytes() {
             tasks.push(tokio::spawn(async move {
                 for i in 0..40 {
                     let at = (reader * 1234 + i * 777 + round) % (15 * 4096);
-                    for (n, byte) in read(overlay.as_ref(), at as u64, 5000).await.into_iter().enumerate() {
+                    for (n, byte) in
+                        read_once(overlay.as_ref(), at as u64, 5000).await.into_iter().enumerate()
+                    {
                         let (n, new) = (at + n, 0xf0 + ((at + n) % 4096 / STRIPE) as u8);
                         assert!(byte == original[n] || byte == new, "byte {n} is {byte:#x}");
                     }
@@ -294,4 +303,55 @@ fn a_full_disk_fails_the_write_and_shows_none_of_it() {
         nix::mount::umount(small.path()).unwrap();
     };
     std::thread::spawn(test).join().unwrap();
+}
+
+/// Lets the other thread pass every barrier when this one ends, even by a panic.
+struct Release(Arc<std::sync::atomic::AtomicU64>);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.0.store(u64::MAX / 2, std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+/// Two threads meet at every block and write to different parts of it at the same instant, so that
+/// now and then both find the block still below.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn first_writes_to_one_block_at_the_same_instant_are_both_kept() {
+    const BLOCKS: u64 = 2000;
+    let dir = TempDir::new().unwrap();
+    std::fs::write(dir.path().join("rootfs"), vec![1; (BLOCKS * BLOCK_SIZE) as usize]).unwrap();
+    let overlay = Arc::new(overlay(&dir).await);
+    let arrived = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let writer = |offset: u64, byte: u8| {
+        let (overlay, arrived, runtime) =
+            (overlay.clone(), arrived.clone(), tokio::runtime::Handle::current());
+        std::thread::spawn(move || {
+            let _release = Release(arrived.clone());
+            let mut spins = 0u64;
+            for block in 0..BLOCKS {
+                // A spinning barrier: both leave within nanoseconds of one another.
+                arrived.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                while arrived.load(std::sync::atomic::Ordering::SeqCst) < 2 * (block + 1) {
+                    std::hint::spin_loop();
+                    spins += 1;
+                    if spins.is_multiple_of(10_000) {
+                        // The other may be waiting for this processor.
+                        std::thread::yield_now();
+                    }
+                }
+                let data = Bytes::from(vec![byte; 100]);
+                runtime.block_on(overlay.write_at(block * BLOCK_SIZE + offset, data)).unwrap();
+            }
+        })
+    };
+    let writers = [writer(0, 2), writer(2000, 3)];
+    tokio::task::spawn_blocking(|| writers.map(|w| w.join().unwrap())).await.unwrap();
+    let mut expected = vec![1; BLOCK_SIZE as usize];
+    expected[..100].fill(2);
+    expected[2000..2100].fill(3);
+    for block in 0..BLOCKS {
+        let found = read(overlay.as_ref(), block * BLOCK_SIZE, BLOCK_SIZE as usize).await;
+        assert!(found == expected, "block {block} lost bytes");
+    }
 }

@@ -56,7 +56,7 @@ pub enum PagemapError {
 ///
 /// A page that was written with what it already held is among them. The answer is exact for the
 /// moment only if the process does not write meanwhile: the VM must be paused. Needs the right to
-/// trace the process. Blocks for about a millisecond per GiB.
+/// trace the process. Blocks for some milliseconds.
 pub fn written_ranges(pid: u32, memfile: &Memfile) -> Result<Vec<Range<u64>>, PagemapError> {
     written_ranges_by(pid, memfile, |pagemap, addresses, found| {
         match scan(pagemap, addresses.clone(), found) {

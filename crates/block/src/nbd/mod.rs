@@ -5,8 +5,8 @@
 //! names in comments refer to it. Several requests of a connection are worked on at once, and
 //! answered in the order in which they finish.
 //!
-//! The client is hostile: what it can make the server hold is bounded by [`limits`](self::wire),
-//! and a connection that breaks the protocol is closed.
+//! The client is hostile. A connection has at most 64 requests and 32 MiB of their data in memory,
+//! a server at most 16 connections; a connection that breaks the protocol is closed.
 
 mod buffer;
 mod handshake;
