@@ -1,0 +1,24 @@
+//! The tap device, by the TUN driver's ioctl (Documentation/networking/tuntap.rst).
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use crate::NetworkError;
+
+/// Makes the tap `name` in the calling thread's namespace. It lives as long as the file.
+pub fn create(name: &str) -> Result<OwnedFd, NetworkError> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun").map_err(|e| {
+        NetworkError::io("open /dev/net/tun (is the tun module there? modprobe tun)", e)
+    })?;
+    // SAFETY: an all-zero ifreq is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(15)) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
+        return Err(NetworkError::last(format!("make the tap {name}")));
+    }
+    Ok(file.into())
+}
