@@ -9,8 +9,17 @@ use crate::namespace::Namespace;
 use crate::slot::Addresses;
 use crate::{GUEST_IP, GUEST_MAC_BYTES, NetworkError, TAP_IP, TAP_MAC_BYTES, TAP_NAME};
 
-/// Runs netlink requests in the calling thread's namespace, on a runtime of their own.
-fn with_handle<T>(work: impl AsyncFnOnce(Handle) -> Result<T, NetworkError>) -> Result<T, NetworkError> {
+/// Runs netlink requests in the calling thread's namespace, on a thread (which inherits the
+/// namespace) and a runtime of their own: the caller may be inside one.
+fn with_handle<T: Send>(
+    work: impl AsyncFnOnce(Handle) -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    std::thread::scope(|s| s.spawn(|| on_runtime(work)).join()).unwrap_or_else(|_| {
+        Err(NetworkError::io("work over netlink", std::io::Error::other("the thread panicked")))
+    })
+}
+
+fn on_runtime<T>(work: impl AsyncFnOnce(Handle) -> Result<T, NetworkError>) -> Result<T, NetworkError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()

@@ -1,5 +1,7 @@
 //! Real slots on this host (root). The index range and table are this process's own.
 
+#![allow(clippy::unwrap_used)]
+
 use std::process::Command;
 
 use nidus_network::{NetworkConfig, Pool, reclaim};

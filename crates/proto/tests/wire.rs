@@ -1,6 +1,8 @@
 //! The wire contract, checked from both sides: the descriptors that were compiled, and the bytes that
 //! come out of the generated types.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use nidus_proto::{FILE_DESCRIPTOR_SET, node};

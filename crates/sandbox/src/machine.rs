@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use nidus_block::{NbdServer, Overlay};
+use nidus_block::Overlay;
 use nidus_network::{NetworkSlot, Pool};
 use nidus_storage::BuildId;
+use nidus_template::DiskServer;
 use nidus_vmm::{Memory, Vm, VmConfig, Vmm};
 
 use crate::{CreateError, KillError, OpenTemplate};
@@ -13,7 +14,7 @@ use crate::{CreateError, KillError, OpenTemplate};
 /// A VM that stands at its template's snapshot, or runs on from there.
 pub struct Machine {
     vm: Box<dyn Vm>,
-    disk: NbdServer,
+    disk: DiskServer,
     overlay: Arc<Overlay>,
     slot: NetworkSlot,
     template: Arc<OpenTemplate>,
@@ -48,13 +49,13 @@ impl Machine {
         parts: &Parts<'_>,
         template: &OpenTemplate,
         slot: &NetworkSlot,
-    ) -> Result<(Box<dyn Vm>, NbdServer, Arc<Overlay>), CreateError> {
+    ) -> Result<(Box<dyn Vm>, DiskServer, Arc<Overlay>), CreateError> {
         let build = template.metadata.build_id;
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
         let name = format!("{}-{}", slot.index(), BuildId::random());
         let overlay = Overlay::create(template.rootfs.clone(), parts.overlays.join(&name)).await?;
         let overlay = Arc::new(overlay);
-        let (server, disk) = NbdServer::pair("root", overlay.clone())?;
+        let (server, disk) = DiskServer::start(overlay.clone())?;
         let vm = async {
             let m = &template.metadata;
             let config = VmConfig {
@@ -107,7 +108,7 @@ impl Machine {
 
     /// How many bytes the guest wrote to its disk so far.
     pub fn disk_written(&self) -> u64 {
-        self.overlay.dirty().count() * nidus_block::overlay::BLOCK_SIZE
+        self.overlay.dirty().count() * nidus_block::BLOCK_SIZE
     }
 
     /// Releases everything in reverse order. The first error is returned, after all is done.

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nidus_block::{BlockDevice, FileDevice, NbdServer, Overlay, ReadDevice};
+use nidus_block::{BlockDevice, FileDevice, Overlay, ReadDevice};
 use nidus_envd_protocol::{Client, EnvdClient, StartCommand};
 use nidus_network::{NetworkSlot, Pool};
 use nidus_vmm::{Boot, Limits, Memory, Vm, VmConfig, Vmm};
 use tokio_util::sync::CancellationToken;
 
-use crate::BuildError;
+use crate::{BuildError, DiskServer};
 use crate::build::{Level, Log, envd_addr};
 
 /// What to boot and where to save it.
@@ -69,8 +69,8 @@ async fn with_slot(
 ) -> Result<(), BuildError> {
     let base: Arc<dyn ReadDevice> = Arc::new(FileDevice::open(&cold.rootfs).await?);
     let overlay = Arc::new(Overlay::create(base, &cold.overlay).await?);
-    let (server, disk) = NbdServer::pair("root", overlay.clone())?;
-    let result = async {
+    let (server, disk) = DiskServer::start(overlay.clone())?;
+    let result: Result<(), BuildError> = async {
         let memfile = new_file(&cold.memfile)?;
         memfile
             .set_len(u64::from(cold.memory_mb) << 20)
@@ -180,7 +180,7 @@ fn merge(overlay: &Overlay, rootfs: &Path) -> Result<(), BuildError> {
     let wrap = |e| BuildError::io("merge the guest's writes into", rootfs, e);
     let from = File::open(overlay.cache_path()).map_err(wrap)?;
     let to = File::options().write(true).open(rootfs).map_err(wrap)?;
-    let block = nidus_block::overlay::BLOCK_SIZE;
+    let block = nidus_block::BLOCK_SIZE;
     let mut buf = vec![0u8; block as usize];
     let size = overlay.size();
     for range in overlay.dirty().ranges() {

@@ -7,11 +7,13 @@
 mod boot;
 mod build;
 mod command;
+mod disk;
 mod kernel;
 mod metadata;
 mod rootfs;
 
 pub use boot::limits;
 pub use build::{BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, Source};
+pub use disk::DiskServer;
 pub use kernel::ensure as ensure_kernel;
 pub use metadata::{MetadataError, TemplateMetadata};
