@@ -75,7 +75,7 @@ impl BuildRequest {
         if !(1..=32).contains(&self.vcpu) {
             return bad(format!("{} vCPUs are not between 1 and 32", self.vcpu));
         }
-        if !(128..=65_536).contains(&self.memory_mb) || self.memory_mb % 2 != 0 {
+        if !(128..=65_536).contains(&self.memory_mb) || !self.memory_mb.is_multiple_of(2) {
             return bad(format!("{} MiB of memory are not an even number from 128 to 65536", self.memory_mb));
         }
         if !(512..=1_048_576).contains(&self.disk_mb) {

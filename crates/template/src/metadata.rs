@@ -59,9 +59,9 @@ pub enum MetadataError {
         /// The build.
         build: BuildId,
         /// The VMM that saved it.
-        made_by: DriverId,
+        made_by: Box<DriverId>,
         /// The VMM of this node.
-        here: DriverId,
+        here: Box<DriverId>,
     },
 }
 
@@ -84,7 +84,11 @@ impl TemplateMetadata {
         if self.vmm == *here {
             return Ok(());
         }
-        Err(MetadataError::OtherVmm { build: self.build_id, made_by: self.vmm.clone(), here: here.clone() })
+        Err(MetadataError::OtherVmm {
+            build: self.build_id,
+            made_by: Box::new(self.vmm.clone()),
+            here: Box::new(here.clone()),
+        })
     }
 }
 
