@@ -1,1 +1,17 @@
-//! The node daemon: gRPC services, sandbox map, admission, timeouts, events
+//! The node daemon: what a node runs, and the gRPC and HTTP services on its one port.
+//!
+//! A [`Node`] owns the sandboxes of this machine. Each has one owner task that creates it, watches
+//! its end time, its VM and kill requests, and releases it; everything else only sends it
+//! messages. Timeouts hold even when nobody calls any more. Template builds are tasks of the
+//! same kind.
+
+mod builds;
+mod info;
+mod node;
+mod owner;
+mod sandbox_service;
+mod server;
+mod template_service;
+
+pub use node::{Node, NodeConfig};
+pub use server::serve;

@@ -70,7 +70,11 @@ pub struct BuildRequest {
 }
 
 impl BuildRequest {
-    fn check(&self) -> Result<(), BuildError> {
+    /// Checks the sizes.
+    ///
+    /// # Errors
+    /// [`BuildError::BadRequest`] that names the one that is out of bounds.
+    pub fn check(&self) -> Result<(), BuildError> {
         let bad = |text: String| Err(BuildError::BadRequest(text));
         if !(1..=32).contains(&self.vcpu) {
             return bad(format!("{} vCPUs are not between 1 and 32", self.vcpu));

@@ -1,0 +1,153 @@
+//! The node: its parts, its sandboxes, its status.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use nidus_proto::node::{SandboxConfig, ServiceInfoStatus};
+use nidus_proxy::InProcessCatalog;
+use nidus_sandbox::Factory;
+use nidus_telemetry::Sink;
+use nidus_template::Builder;
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::builds::Builds;
+use crate::info::CpuMeter;
+
+/// Settings of a node.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// Id of this node, kept over restarts.
+    pub node_id: String,
+    /// Labels that placement may ask for.
+    pub labels: Vec<String>,
+    /// Sandboxes at once, starting ones included.
+    pub max_sandboxes: usize,
+    /// Sandboxes that may start at the same instant; more wait for their turn.
+    pub max_starting: usize,
+    /// Longest wait for that turn.
+    pub start_limit: Duration,
+    /// Root disk of a template that does not say, in MiB.
+    pub default_disk_mb: u32,
+    /// Version of the program.
+    pub version: String,
+    /// Directory whose file system is reported as the node's disk.
+    pub data_dir: std::path::PathBuf,
+}
+
+/// A machine that runs sandboxes and builds templates.
+pub struct Node {
+    pub(crate) config: NodeConfig,
+    pub(crate) factory: Arc<Factory>,
+    pub(crate) builds: Builds,
+    pub(crate) catalog: InProcessCatalog,
+    pub(crate) events: Arc<dyn Sink>,
+    pub(crate) sandboxes: Mutex<HashMap<String, Arc<Entry>>>,
+    pub(crate) starting: Semaphore,
+    pub(crate) starting_count: AtomicUsize,
+    pub(crate) service_id: Uuid,
+    pub(crate) started_at: DateTime<Utc>,
+    pub(crate) status_changed_at: Mutex<DateTime<Utc>>,
+    pub(crate) create_successes: AtomicU64,
+    pub(crate) create_fails: AtomicU64,
+    pub(crate) cpu: CpuMeter,
+    status: AtomicI32,
+    closing: AtomicBool,
+}
+
+/// A sandbox in the node's map: what others may know of it and ask of it.
+pub(crate) struct Entry {
+    pub config: SandboxConfig,
+    pub start: DateTime<Utc>,
+    pub end: watch::Sender<DateTime<Utc>>,
+    /// Asks its owner to end it.
+    pub kill: CancellationToken,
+    /// Why, when it was asked to.
+    pub reason: Mutex<Option<String>>,
+    /// Set once it answers.
+    pub running: AtomicBool,
+    /// Set by its owner when everything of it is released.
+    pub released: watch::Sender<bool>,
+}
+
+impl Entry {
+    /// Waits until everything of this sandbox is released.
+    pub async fn gone(&self) {
+        let mut released = self.released.subscribe();
+        // The sender lives as long as `self`, so this cannot fail.
+        let _ = released.wait_for(|r| *r).await;
+    }
+
+    pub fn ask_to_end(&self, reason: &str) {
+        self.reason.lock().get_or_insert_with(|| reason.to_owned());
+        self.kill.cancel();
+    }
+}
+
+impl Node {
+    /// A node over its parts.
+    pub fn new(
+        config: NodeConfig,
+        factory: Arc<Factory>,
+        builder: Arc<Builder>,
+        catalog: InProcessCatalog,
+        events: Arc<dyn Sink>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            starting: Semaphore::new(config.max_starting.max(1)),
+            starting_count: AtomicUsize::new(0),
+            builds: Builds::new(builder, factory.store().clone()),
+            config,
+            factory,
+            catalog,
+            events,
+            sandboxes: Default::default(),
+            service_id: Uuid::new_v4(),
+            started_at: Utc::now(),
+            status_changed_at: Mutex::new(Utc::now()),
+            create_successes: AtomicU64::new(0),
+            create_fails: AtomicU64::new(0),
+            cpu: CpuMeter::default(),
+            status: AtomicI32::new(ServiceInfoStatus::Healthy as i32),
+            closing: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether it takes new sandboxes.
+    pub fn status(&self) -> ServiceInfoStatus {
+        if self.closing.load(Relaxed) {
+            return ServiceInfoStatus::Draining;
+        }
+        ServiceInfoStatus::try_from(self.status.load(Relaxed)).unwrap_or(ServiceInfoStatus::Unhealthy)
+    }
+
+    /// Sets that from outside (InfoService.ServiceStatusOverride).
+    pub fn set_status(&self, status: ServiceInfoStatus) {
+        if self.status.swap(status as i32, Relaxed) != status as i32 {
+            *self.status_changed_at.lock() = Utc::now();
+        }
+    }
+
+    /// How many sandboxes there are, starting and ending ones included.
+    pub fn sandbox_count(&self) -> usize {
+        self.sandboxes.lock().len()
+    }
+
+    /// Takes no more work, ends all sandboxes and builds, and waits until they are released.
+    pub async fn shutdown(&self) {
+        self.closing.store(true, Relaxed);
+        let all: Vec<Arc<Entry>> = self.sandboxes.lock().values().cloned().collect();
+        for entry in &all {
+            entry.ask_to_end("the node is shutting down");
+        }
+        self.builds.shutdown().await;
+        for entry in &all {
+            entry.gone().await;
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! `SandboxService` of the contract.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use chrono::{DateTime, Utc};
+use nidus_proto::node::sandbox_service_server::SandboxService;
+use nidus_proto::node::*;
+use nidus_sandbox::{CreateError, SandboxSpec};
+use nidus_storage::BuildId;
+use nidus_telemetry::EventKind;
+use prost_types::Timestamp;
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use crate::Node;
+use crate::node::Entry;
+use crate::owner::{StartError, emit, own};
+
+const ID_LIMIT: usize = 64;
+
+/// The service over a node.
+pub(crate) struct Sandboxes(pub Arc<Node>);
+
+fn bad(text: impl Into<String>) -> Status {
+    Status::invalid_argument(text)
+}
+
+fn not_found(id: &str) -> Status {
+    Status::not_found(format!("sandbox '{id}' was not found on this node"))
+}
+
+pub(crate) fn to_time(t: &Timestamp) -> Option<DateTime<Utc>> {
+    DateTime::from_timestamp(t.seconds, u32::try_from(t.nanos).ok()?)
+}
+
+pub(crate) fn from_time(t: DateTime<Utc>) -> Timestamp {
+    Timestamp { seconds: t.timestamp(), nanos: t.timestamp_subsec_nanos().cast_signed() }
+}
+
+/// Whether new connections to the internet are allowed. Rules by address or domain are refused
+/// as long as they are not enforced: a rule that is ignored is worse than none.
+fn internet(config: &SandboxConfig) -> Result<bool, Status> {
+    let mut allow = config.allow_internet_access.unwrap_or(true);
+    if let Some(egress) = config.network.as_ref().and_then(|n| n.egress.as_ref()) {
+        allow &= !denies_all(egress)?;
+    }
+    Ok(allow)
+}
+
+fn denies_all(egress: &SandboxNetworkEgressConfig) -> Result<bool, Status> {
+    let only_all = egress.denied_cidrs.iter().all(|c| c == "0.0.0.0/0");
+    let plain = egress.allowed_cidrs.is_empty()
+        && egress.allowed_domains.is_empty()
+        && egress.rules.is_empty()
+        && egress.egress_proxy_address.is_empty();
+    if !plain || !only_all {
+        return Err(Status::unimplemented(
+            "egress rules by address, domain or proxy are not supported yet: allow or deny the whole internet",
+        ));
+    }
+    Ok(!egress.denied_cidrs.is_empty())
+}
+
+fn check(config: &SandboxConfig) -> Result<BuildId, Status> {
+    let id = &config.sandbox_id;
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    if id.is_empty() || id.len() > ID_LIMIT || !id.bytes().all(plain) {
+        return Err(bad(format!("a sandbox id has 1 to {ID_LIMIT} lower-case letters and digits")));
+    }
+    if config.auto_pause || config.auto_resume.is_some() {
+        return Err(Status::unimplemented("automatic pause is not supported yet"));
+    }
+    if !config.volume_mounts.is_empty() {
+        return Err(Status::unimplemented("volumes are not supported yet"));
+    }
+    config.build_id.parse().map_err(|_| bad(format!("build id '{}' is not a UUID", config.build_id)))
+}
+
+fn create_status(id: &str, e: CreateError) -> Status {
+    match e {
+        CreateError::TemplateNotFound(b) => Status::not_found(format!("build {b} was not found on this node")),
+        CreateError::Template(e) => Status::failed_precondition(e.to_string()),
+        CreateError::Damaged { .. } => Status::data_loss(e.to_string()),
+        CreateError::Cancelled => Status::cancelled(format!("sandbox '{id}' was killed while it started")),
+        CreateError::ShuttingDown => Status::unavailable(e.to_string()),
+        CreateError::Envd(_) => Status::deadline_exceeded(format!("sandbox '{id}': {e}")),
+        e => Status::internal(format!("sandbox '{id}': {e}")),
+    }
+}
+
+impl Sandboxes {
+    fn entry(&self, id: &str) -> Result<Arc<Entry>, Status> {
+        self.0.sandboxes.lock().get(id).cloned().ok_or_else(|| not_found(id))
+    }
+
+    fn admit(&self, entry: &Arc<Entry>) -> Result<(), Status> {
+        let node = &self.0;
+        if node.status() != ServiceInfoStatus::Healthy {
+            return Err(Status::unavailable("this node takes no new sandboxes"));
+        }
+        let mut all = node.sandboxes.lock();
+        if all.len() >= node.config.max_sandboxes {
+            return Err(Status::resource_exhausted(format!(
+                "this node runs {} sandboxes, its limit",
+                node.config.max_sandboxes
+            )));
+        }
+        let id = &entry.config.sandbox_id;
+        if all.contains_key(id) {
+            return Err(Status::already_exists(format!("sandbox '{id}' is already running")));
+        }
+        all.insert(id.clone(), entry.clone());
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl SandboxService for Sandboxes {
+    async fn create(&self, request: Request<SandboxCreateRequest>) -> Result<Response<SandboxCreateResponse>, Status> {
+        let request = request.into_inner();
+        let mut config = request.sandbox.ok_or_else(|| bad("the request has no sandbox"))?;
+        let build_id = check(&config)?;
+        let allow_internet = internet(&config)?;
+        if request.filesystem_boot == Some(true) {
+            return Err(Status::unimplemented("booting from a file system alone is not supported yet"));
+        }
+        let start = request.start_time.as_ref().and_then(to_time).unwrap_or_else(Utc::now);
+        let end = request.end_time.as_ref().and_then(to_time).ok_or_else(|| bad("the request has no end time"))?;
+        if end <= Utc::now() {
+            return Err(bad("the end time has passed"));
+        }
+        if config.execution_id.is_empty() {
+            config.execution_id = uuid::Uuid::new_v4().to_string();
+        }
+        let spec = SandboxSpec {
+            sandbox_id: config.sandbox_id.clone(),
+            execution_id: config.execution_id.clone(),
+            build_id,
+            env_vars: config.env_vars.clone(),
+            access_token: config.envd_access_token.clone(),
+            allow_internet,
+        };
+        let entry = Arc::new(Entry {
+            config,
+            start,
+            end: watch::Sender::new(end),
+            kill: CancellationToken::new(),
+            reason: Default::default(),
+            running: AtomicBool::new(false),
+            released: watch::Sender::new(false),
+        });
+        self.admit(&entry)?;
+        let (tell, started) = oneshot::channel();
+        tokio::spawn(own(self.0.clone(), entry.clone(), spec, tell));
+        match started.await {
+            Ok(Ok(())) => {}
+            Ok(Err(StartError::Busy)) => {
+                return Err(Status::resource_exhausted("too many sandboxes are starting on this node; try again"));
+            }
+            Ok(Err(StartError::Create(e))) => return Err(create_status(&entry.config.sandbox_id, e)),
+            Err(_) => return Err(Status::internal("the sandbox's owner ended unexpectedly")),
+        }
+        Ok(Response::new(SandboxCreateResponse {
+            client_id: self.0.config.node_id.clone(),
+            scheduling_metadata: Some(SchedulingMetadata {
+                memfile_base_build_id: build_id.to_string(),
+                rootfs_base_build_id: build_id.to_string(),
+                build_id: build_id.to_string(),
+                memfile_build_ids: vec![build_id.to_string()],
+                rootfs_build_ids: vec![build_id.to_string()],
+                ..Default::default()
+            }),
+            filesystem_boot_applied: false,
+        }))
+    }
+
+    async fn update(&self, request: Request<SandboxUpdateRequest>) -> Result<Response<()>, Status> {
+        let request = request.into_inner();
+        let entry = self.entry(&request.sandbox_id)?;
+        if request.egress.is_some() {
+            return Err(Status::unimplemented("changing the network of a running sandbox is not supported yet"));
+        }
+        if let Some(end) = &request.end_time {
+            let end = to_time(end).ok_or_else(|| bad("the end time is out of range"))?;
+            entry.end.send_replace(end);
+            emit(&self.0, &entry, EventKind::Updated, None);
+        }
+        Ok(Response::new(()))
+    }
+
+    async fn list(&self, _: Request<()>) -> Result<Response<SandboxListResponse>, Status> {
+        let entries: Vec<Arc<Entry>> = self.0.sandboxes.lock().values().cloned().collect();
+        let listed = entries.iter().filter(|e| e.running.load(Relaxed) && !e.kill.is_cancelled());
+        let sandboxes = listed
+            .map(|e| RunningSandbox {
+                client_id: self.0.config.node_id.clone(),
+                start_time: Some(from_time(e.start)),
+                end_time: Some(from_time(*e.end.borrow())),
+                sandbox_id: e.config.sandbox_id.clone(),
+                team_id: e.config.team_id.clone(),
+                execution_id: e.config.execution_id.clone(),
+                vcpu: e.config.vcpu,
+                ram_mb: e.config.ram_mb,
+                config: Some(e.config.clone()),
+            })
+            .collect();
+        Ok(Response::new(SandboxListResponse { sandboxes }))
+    }
+
+    async fn delete(&self, request: Request<SandboxDeleteRequest>) -> Result<Response<()>, Status> {
+        let request = request.into_inner();
+        let entry = self.entry(&request.sandbox_id)?;
+        let first = !entry.kill.is_cancelled();
+        entry.ask_to_end(request.kill_reason.as_deref().unwrap_or("killed"));
+        entry.gone().await;
+        if first { Ok(Response::new(())) } else { Err(not_found(&request.sandbox_id)) }
+    }
+
+    async fn pause(&self, _: Request<SandboxPauseRequest>) -> Result<Response<SandboxPauseResponse>, Status> {
+        Err(Status::unimplemented("pausing is not supported yet"))
+    }
+
+    async fn checkpoint(
+        &self,
+        _: Request<SandboxCheckpointRequest>,
+    ) -> Result<Response<SandboxCheckpointResponse>, Status> {
+        Err(Status::unimplemented("checkpoints are not supported yet"))
+    }
+
+    async fn list_cached_builds(&self, _: Request<()>) -> Result<Response<SandboxListCachedBuildsResponse>, Status> {
+        let builds = self.0.factory.store().list().await.map_err(|e| Status::internal(e.to_string()))?;
+        // Builds in the local store stay until they are deleted: no expiration time.
+        let builds =
+            builds.iter().map(|b| CachedBuildInfo { build_id: b.to_string(), expiration_time: None }).collect();
+        Ok(Response::new(SandboxListCachedBuildsResponse { builds }))
+    }
+}

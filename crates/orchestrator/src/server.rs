@@ -1,0 +1,88 @@
+//! gRPC and HTTP on one port.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use nidus_proto::node::ServiceInfoStatus;
+use nidus_proto::node::info_service_server::InfoServiceServer;
+use nidus_proto::node::sandbox_service_server::SandboxServiceServer;
+use nidus_proto::node::template_service_server::TemplateServiceServer;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::Node;
+use crate::info::Info;
+use crate::sandbox_service::Sandboxes;
+use crate::template_service::Templates;
+
+/// Requests in flight get this long when the node ends.
+const DRAIN_TIME: Duration = Duration::from_secs(10);
+
+async fn health(State(node): State<Arc<Node>>) -> (StatusCode, Json<serde_json::Value>) {
+    let status = node.status();
+    let code = match status {
+        ServiceInfoStatus::Healthy | ServiceInfoStatus::Draining => StatusCode::OK,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    let name = status.as_str_name().to_lowercase();
+    (code, Json(serde_json::json!({ "status": name, "version": node.config.version })))
+}
+
+/// Serves until `stop`: gRPC over HTTP/2 (prior knowledge) and `GET /health` over any HTTP.
+///
+/// # Errors
+/// Never for a single connection.
+pub async fn serve(listener: TcpListener, node: Arc<Node>, stop: CancellationToken) -> io::Result<()> {
+    let (reporter, grpc_health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<SandboxServiceServer<Sandboxes>>().await;
+    reporter.set_serving::<TemplateServiceServer<Templates>>().await;
+    let router = Routes::new(SandboxServiceServer::new(Sandboxes(node.clone())))
+        .add_service(TemplateServiceServer::new(Templates(node.clone())))
+        .add_service(InfoServiceServer::new(Info(node.clone())))
+        .add_service(grpc_health)
+        .into_axum_router()
+        .merge(axum::Router::new().route("/health", get(health)).with_state(node));
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(15));
+    builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(Duration::from_secs(20)));
+    let graceful = GracefulShutdown::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            a = listener.accept() => a,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(e) => {
+                // Out of descriptors, most likely: what is open must end first.
+                tracing::warn!("cannot accept a connection: {e}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(e) = connection.await {
+                tracing::debug!("a connection to the node ended: {e}");
+            }
+        });
+    }
+    drop(listener);
+    if tokio::time::timeout(DRAIN_TIME, graceful.shutdown()).await.is_err() {
+        tracing::warn!("connections to the node were cut after {} s", DRAIN_TIME.as_secs());
+    }
+    Ok(())
+}
