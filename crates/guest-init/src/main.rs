@@ -49,7 +49,8 @@ fn main() {
 fn start() -> Result<(), Failure> {
     mounts::early()?;
     let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    let option = |name: &str| cmdline.split_whitespace().find_map(|w| w.strip_prefix(name)?.strip_prefix('='));
+    let option =
+        |name: &str| cmdline.split_whitespace().find_map(|w| w.strip_prefix(name)?.strip_prefix('='));
     load_modules()?;
     if option("nidus.probe") == Some("1") {
         say("probe ok");

@@ -9,13 +9,7 @@ use nix::unistd::{chdir, chroot};
 
 use crate::Failure;
 
-fn at(
-    source: &str,
-    target: &str,
-    kind: &str,
-    flags: MsFlags,
-    options: Option<&str>,
-) -> Result<(), Failure> {
+fn at(source: &str, target: &str, kind: &str, flags: MsFlags, options: Option<&str>) -> Result<(), Failure> {
     fs::create_dir_all(target).map_err(|e| Failure::new(format!("make {target}"), e))?;
     mount(Some(source), target, Some(kind), flags, options)
         .map_err(|e| Failure::new(format!("mount {kind} at {target}"), e))
@@ -50,7 +44,13 @@ pub fn switch_root(disk: &str, new_root: &str) -> Result<(), Failure> {
         .map_err(|e| Failure::new("move the root disk to /", e))?;
     chroot(".").map_err(|e| Failure::new("change the root", e))?;
     chdir("/").map_err(|e| Failure::new("enter /", e))?;
-    at("devpts", "/dev/pts", "devpts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some("gid=5,mode=0620,ptmxmode=0666"))?;
+    at(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        Some("gid=5,mode=0620,ptmxmode=0666"),
+    )?;
     at("tmpfs", "/dev/shm", "tmpfs", plain(), Some("mode=1777"))?;
     at("tmpfs", "/run", "tmpfs", plain(), Some("mode=0755"))?;
     fs::create_dir_all("/run/lock").map_err(|e| Failure::new("make /run/lock", e))?;

@@ -132,7 +132,9 @@ async fn run(builder: &Builder, turn: &Semaphore, build: &Build, request: BuildR
         turn = turn.acquire() => turn.ok(),
     };
     if turn.is_none() {
-        build.progress.send_replace(Progress::Failed { message: "the build was cancelled".into(), step: None });
+        build
+            .progress
+            .send_replace(Progress::Failed { message: "the build was cancelled".into(), step: None });
         return;
     }
     let (sender, mut lines) = mpsc::unbounded_channel();
@@ -151,7 +153,8 @@ async fn run(builder: &Builder, turn: &Semaphore, build: &Build, request: BuildR
         Ok(metadata) => Progress::Done(Box::new(metadata)),
         Err(e) => {
             // The step that was at work when it failed is the one before the failure's own line.
-            let step = build.log.lock().iter().rev().find(|l| l.level != Level::Error).map(|l| l.step.to_owned());
+            let step =
+                build.log.lock().iter().rev().find(|l| l.level != Level::Error).map(|l| l.step.to_owned());
             Progress::Failed { message: e.to_string(), step }
         }
     });

@@ -23,7 +23,7 @@ impl CpuMeter {
         let mut last = self.0.lock();
         let (b, t) = (busy.saturating_sub(last.0), total.saturating_sub(last.1));
         *last = (busy, total);
-        if t == 0 { 0 } else { u32::try_from(b * 100 / t).unwrap_or(100).min(100) }
+        u32::try_from((b * 100).checked_div(t).unwrap_or(0)).unwrap_or(100).min(100)
     }
 }
 

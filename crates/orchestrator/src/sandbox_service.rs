@@ -80,7 +80,9 @@ fn check(config: &SandboxConfig) -> Result<BuildId, Status> {
 
 fn create_status(id: &str, e: CreateError) -> Status {
     match e {
-        CreateError::TemplateNotFound(b) => Status::not_found(format!("build {b} was not found on this node")),
+        CreateError::TemplateNotFound(b) => {
+            Status::not_found(format!("build {b} was not found on this node"))
+        }
         CreateError::Template(e) => Status::failed_precondition(e.to_string()),
         CreateError::Damaged { .. } => Status::data_loss(e.to_string()),
         CreateError::Cancelled => Status::cancelled(format!("sandbox '{id}' was killed while it started")),
@@ -118,7 +120,10 @@ impl Sandboxes {
 
 #[tonic::async_trait]
 impl SandboxService for Sandboxes {
-    async fn create(&self, request: Request<SandboxCreateRequest>) -> Result<Response<SandboxCreateResponse>, Status> {
+    async fn create(
+        &self,
+        request: Request<SandboxCreateRequest>,
+    ) -> Result<Response<SandboxCreateResponse>, Status> {
         let request = request.into_inner();
         let mut config = request.sandbox.ok_or_else(|| bad("the request has no sandbox"))?;
         let build_id = check(&config)?;
@@ -127,7 +132,8 @@ impl SandboxService for Sandboxes {
             return Err(Status::unimplemented("booting from a file system alone is not supported yet"));
         }
         let start = request.start_time.as_ref().and_then(to_time).unwrap_or_else(Utc::now);
-        let end = request.end_time.as_ref().and_then(to_time).ok_or_else(|| bad("the request has no end time"))?;
+        let end =
+            request.end_time.as_ref().and_then(to_time).ok_or_else(|| bad("the request has no end time"))?;
         if end <= Utc::now() {
             return Err(bad("the end time has passed"));
         }
@@ -157,7 +163,9 @@ impl SandboxService for Sandboxes {
         match started.await {
             Ok(Ok(())) => {}
             Ok(Err(StartError::Busy)) => {
-                return Err(Status::resource_exhausted("too many sandboxes are starting on this node; try again"));
+                return Err(Status::resource_exhausted(
+                    "too many sandboxes are starting on this node; try again",
+                ));
             }
             Ok(Err(StartError::Create(e))) => return Err(create_status(&entry.config.sandbox_id, e)),
             Err(_) => return Err(Status::internal("the sandbox's owner ended unexpectedly")),
@@ -180,7 +188,9 @@ impl SandboxService for Sandboxes {
         let request = request.into_inner();
         let entry = self.entry(&request.sandbox_id)?;
         if request.egress.is_some() {
-            return Err(Status::unimplemented("changing the network of a running sandbox is not supported yet"));
+            return Err(Status::unimplemented(
+                "changing the network of a running sandbox is not supported yet",
+            ));
         }
         if let Some(end) = &request.end_time {
             let end = to_time(end).ok_or_else(|| bad("the end time is out of range"))?;
@@ -229,11 +239,16 @@ impl SandboxService for Sandboxes {
         Err(Status::unimplemented("checkpoints are not supported yet"))
     }
 
-    async fn list_cached_builds(&self, _: Request<()>) -> Result<Response<SandboxListCachedBuildsResponse>, Status> {
+    async fn list_cached_builds(
+        &self,
+        _: Request<()>,
+    ) -> Result<Response<SandboxListCachedBuildsResponse>, Status> {
         let builds = self.0.factory.store().list().await.map_err(|e| Status::internal(e.to_string()))?;
         // Builds in the local store stay until they are deleted: no expiration time.
-        let builds =
-            builds.iter().map(|b| CachedBuildInfo { build_id: b.to_string(), expiration_time: None }).collect();
+        let builds = builds
+            .iter()
+            .map(|b| CachedBuildInfo { build_id: b.to_string(), expiration_time: None })
+            .collect();
         Ok(Response::new(SandboxListCachedBuildsResponse { builds }))
     }
 }

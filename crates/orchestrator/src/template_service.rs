@@ -86,17 +86,16 @@ fn select(log: &[BuildLog], request: &TemplateStatusRequest) -> Vec<TemplateBuil
     let least = request.level.unwrap_or(LogLevel::Debug as i32);
     let (start, end) = (request.start.as_ref().and_then(to_time), request.end.as_ref().and_then(to_time));
     let wanted = |l: &&BuildLog| {
-        level(l.level) as i32 >= least
-            && start.is_none_or(|s| l.time >= s)
-            && end.is_none_or(|e| l.time <= e)
+        level(l.level) as i32 >= least && start.is_none_or(|s| l.time >= s) && end.is_none_or(|e| l.time <= e)
     };
     let limit = request.limit.map_or(MAX_LINES, |l| (l as usize).min(MAX_LINES));
     let offset = usize::try_from(request.offset.unwrap_or(0)).unwrap_or(0);
-    let lines: Box<dyn Iterator<Item = &BuildLog>> = if request.direction == Some(LogsDirection::Backward as i32) {
-        Box::new(log.iter().rev())
-    } else {
-        Box::new(log.iter())
-    };
+    let lines: Box<dyn Iterator<Item = &BuildLog>> =
+        if request.direction == Some(LogsDirection::Backward as i32) {
+            Box::new(log.iter().rev())
+        } else {
+            Box::new(log.iter())
+        };
     lines.filter(wanted).skip(offset).take(limit).map(entry).collect()
 }
 

@@ -61,7 +61,8 @@ pub fn not_found(headers: &HeaderMap, target: &Target) -> Response<Body> {
 /// It runs, but nobody listens there.
 pub fn closed_port(headers: &HeaderMap, target: &Target) -> Response<Body> {
     let message = "The sandbox is running but port is not open";
-    let body = json!({ "sandboxId": target.sandbox_id, "message": message, "port": target.port, "code": 502 });
+    let body =
+        json!({ "sandboxId": target.sandbox_id, "message": message, "port": target.port, "code": 502 });
     answer(headers, StatusCode::BAD_GATEWAY, &body)
 }
 

@@ -139,7 +139,11 @@ impl Upstream {
         Ok(sender)
     }
 
-    async fn open_stream(&self, address: SocketAddr, config: &ProxyConfig) -> Result<TcpStream, ConnectError> {
+    async fn open_stream(
+        &self,
+        address: SocketAddr,
+        config: &ProxyConfig,
+    ) -> Result<TcpStream, ConnectError> {
         let end = Instant::now() + config.connect_retry;
         loop {
             let tried = tokio::select! {
