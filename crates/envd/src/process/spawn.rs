@@ -270,7 +270,8 @@ async fn see_through(
 }
 
 /// After the exit, what the process itself wrote is all there to be read; what its children may
-/// still write, for as long as they like, does not hold the end up.
+/// still write, for as long as they like, does not hold the end up. It is read all the same, to
+/// nowhere, so that they are not killed by a pipe without a reader.
 async fn pass_on(
     process: Arc<Process>,
     source: Source,
@@ -281,11 +282,11 @@ async fn pass_on(
     loop {
         tokio::select! {
             biased;
+            _ = exited.wait_for(|e| *e) => break,
             piece = source.next() => match piece {
                 Some(bytes) => send(bytes).await,
                 None => return,
             },
-            _ = exited.wait_for(|e| *e) => break,
         }
     }
     let mut rest = 0;
@@ -293,12 +294,12 @@ async fn pass_on(
         rest += bytes.len();
         send(bytes).await;
         if rest > MAX_REST {
-            return;
+            break;
         }
     }
+    tokio::spawn(async move { while source.next().await.is_some() {} });
 }
 
-/// Whether a descriptor is one that we may hand to a child.
 #[cfg(test)]
 mod tests {
     use super::*;
