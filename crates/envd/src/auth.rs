@@ -112,7 +112,8 @@ mod tests {
         assert_eq!(check(&read, Operation::Write, 0), Err("invalid signature".into()));
         let other = Signed { path: "/a", ..read };
         assert_eq!(check(&other, Operation::Read, 0), Err("invalid signature".into()));
-        let expiring = Signed { path: "x", user: "", signature: Some(EXPIRING), expiration: Some(1_800_000_000) };
+        let expiring =
+            Signed { path: "x", user: "", signature: Some(EXPIRING), expiration: Some(1_800_000_000) };
         assert_eq!(check(&expiring, Operation::Read, 1_799_999_999), Ok(()));
         assert_eq!(
             check(&expiring, Operation::Read, 1_800_000_001),

@@ -69,10 +69,7 @@ mod tests {
     #[test]
     fn flags_and_their_errors() {
         let run = parsed(&["--port=0", "--listen", "::1", "--no-system"]);
-        assert_eq!(
-            run,
-            Ok(Action::Run(Flags { port: 0, listen: "::1".parse().unwrap(), system: false }))
-        );
+        assert_eq!(run, Ok(Action::Run(Flags { port: 0, listen: "::1".parse().unwrap(), system: false })));
         assert_eq!(parsed(&["--port", "x"]), Err("'x' is not a port".into()));
         assert_eq!(parsed(&["--port"]), Err("--port needs a value".into()));
         assert_eq!(parsed(&["-x"]), Err("unknown flag -x (try --help)".into()));

@@ -63,7 +63,7 @@ fn run(flags: Flags) -> Result<(), String> {
         .thread_keep_alive(FILE_THREAD_IDLE)
         .build()
         .map_err(|e| format!("cannot start the runtime: {e}"))?;
-    runtime.block_on(async {
+    tokio::task::LocalSet::new().block_on(&runtime, async {
         let address = SocketAddr::new(flags.listen, flags.port);
         let listener = server::listen(address).map_err(|e| format!("cannot listen on {address}: {e}"))?;
         if let Ok(bound) = listener.local_addr() {

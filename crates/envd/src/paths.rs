@@ -77,7 +77,10 @@ pub fn ensure_dirs(path: &Path, uid: u32, gid: u32) -> io::Result<()> {
                 ));
             }
             Err(e) => {
-                return Err(io::Error::new(e.kind(), format!("cannot make directory {}: {e}", dir.display())));
+                return Err(io::Error::new(
+                    e.kind(),
+                    format!("cannot make directory {}: {e}", dir.display()),
+                ));
             }
         }
         chown(dir, Some(uid), Some(gid))?;

@@ -116,7 +116,8 @@ pub async fn unary<Q: Rpc, A: Rpc>(
             .await
             .map_err(|e| ConnectError::new(Code::InvalidArgument, format!("cannot read the request: {e}")))?
             .to_bytes();
-        let message = codec.decode(&bytes).map_err(|e| ConnectError::new(Code::InvalidArgument, e.to_string()))?;
+        let message =
+            codec.decode(&bytes).map_err(|e| ConnectError::new(Code::InvalidArgument, e.to_string()))?;
         let answer = work(caller, message).await?;
         codec.encode(&answer).map_err(|e| ConnectError::new(Code::Internal, e.to_string()))
     };
@@ -215,7 +216,8 @@ where
         }
         let missing = || ConnectError::new(Code::InvalidArgument, "the request is missing");
         let bytes = requests.next().await?.ok_or_else(missing)?;
-        let message = codec.decode(&bytes).map_err(|e| ConnectError::new(Code::InvalidArgument, e.to_string()))?;
+        let message =
+            codec.decode(&bytes).map_err(|e| ConnectError::new(Code::InvalidArgument, e.to_string()))?;
         work(caller, message).await
     }
     .await;

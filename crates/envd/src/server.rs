@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::net::{TcpListener, TcpSocket};
 
@@ -28,9 +28,23 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Serves for ever.
+/// Everything runs on one thread.
+#[derive(Debug, Clone, Copy)]
+struct OneThread;
+
+impl<F> hyper::rt::Executor<F> for OneThread
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}
+
+/// Serves for ever. To be called in a `LocalSet`.
 pub async fn serve(listener: TcpListener, state: Arc<State>) {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(OneThread);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).half_close(true);
     builder.http2().timer(TokioTimer::new()).max_concurrent_streams(1000);
     loop {
@@ -49,7 +63,7 @@ pub async fn serve(listener: TcpListener, state: Arc<State>) {
             async move { Ok::<_, Infallible>(handle(request, state).await) }
         });
         let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-        tokio::spawn(async move {
+        tokio::task::spawn_local(async move {
             // A client that went away is not an event.
             let _ = connection.await;
         });

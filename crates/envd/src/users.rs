@@ -68,7 +68,8 @@ impl Names {
             let mut names = HashMap::new();
             for line in fs::read_to_string(path).unwrap_or_default().lines() {
                 let mut fields = line.split(':');
-                if let (Some(name), Some(id)) = (fields.next(), fields.nth(1).and_then(|id| id.parse().ok())) {
+                if let (Some(name), Some(id)) = (fields.next(), fields.nth(1).and_then(|id| id.parse().ok()))
+                {
                     // The first of several names of one id counts.
                     names.entry(id).or_insert_with(|| name.to_owned());
                 }
@@ -95,7 +96,8 @@ mod tests {
 
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\nbad line\nuser:x:1000:1000:,,,:/home/user:\nx:x:a:1::/:";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/bash\nbad line\nuser:x:1000:1000:,,,:/home/user:\nx:x:a:1::/:";
     const GROUP: &str = "root:x:0:\nuser:x:1000:\nsudo:x:27:other,user\ndocker:x:99:user\nodd:x:5:xuser";
 
     #[test]

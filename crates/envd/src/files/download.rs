@@ -42,7 +42,9 @@ async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> Result<Respo
     if let Ok(v) = HeaderValue::from_str(&disposition(&paths::base(&path))) {
         h.insert(header::CONTENT_DISPOSITION, v);
     }
-    if let Ok(v) = HeaderValue::from_str(&httpdate::fmt_http_date(m.modified().unwrap_or(SystemTime::UNIX_EPOCH))) {
+    if let Ok(v) =
+        HeaderValue::from_str(&httpdate::fmt_http_date(m.modified().unwrap_or(SystemTime::UNIX_EPOCH)))
+    {
         h.insert(header::LAST_MODIFIED, v);
     }
     let head = parts.method == Method::HEAD;
@@ -59,7 +61,10 @@ async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> Result<Respo
         Range::Whole => 0..size,
         Range::Part(r) => {
             let text = format!("bytes {}-{}/{size}", r.start, r.end - 1);
-            h.insert(header::CONTENT_RANGE, HeaderValue::from_str(&text).map_err(|e| HttpError::internal(e.to_string()))?);
+            h.insert(
+                header::CONTENT_RANGE,
+                HeaderValue::from_str(&text).map_err(|e| HttpError::internal(e.to_string()))?,
+            );
             *response.status_mut() = StatusCode::PARTIAL_CONTENT;
             r
         }
@@ -175,7 +180,10 @@ enum Range {
 
 /// One range of bytes (RFC 9110, 14.1.2); several, or what is not understood, mean the whole.
 fn range(headers: &HeaderMap, size: u64) -> Range {
-    let spec = headers.get(header::RANGE).and_then(|v| v.to_str().ok()).and_then(|t| t.trim().strip_prefix("bytes="));
+    let spec = headers
+        .get(header::RANGE)
+        .and_then(|v| v.to_str().ok())
+        .and_then(|t| t.trim().strip_prefix("bytes="));
     let Some((first, last)) = spec.filter(|s| !s.contains(',')).and_then(|s| s.split_once('-')) else {
         return Range::Whole;
     };
@@ -197,7 +205,8 @@ fn read(mut file: File, range: std::ops::Range<u64>, gzip: bool) -> Body {
         let done = file.seek(SeekFrom::Start(range.start)).and_then(|_| {
             let mut part = file.take(range.end - range.start);
             if gzip {
-                let mut encoder = GzEncoder::new(io::BufWriter::with_capacity(CHUNK, out), Compression::fast());
+                let mut encoder =
+                    GzEncoder::new(io::BufWriter::with_capacity(CHUNK, out), Compression::fast());
                 copy(&mut part, &mut encoder)?;
                 encoder.finish()?.flush()
             } else {

@@ -30,7 +30,8 @@ impl Query {
                 "username" => q.user = Some(value),
                 "signature" => q.signature = Some(value),
                 "signature_expiration" => {
-                    let bad = |_| HttpError::bad_request(format!("signature_expiration '{value}' is not a number"));
+                    let bad =
+                        |_| HttpError::bad_request(format!("signature_expiration '{value}' is not a number"));
                     q.expiration = Some(value.parse().map_err(bad)?);
                 }
                 _ => {}

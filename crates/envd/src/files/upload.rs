@@ -142,7 +142,9 @@ async fn form(
 }
 
 /// Unpacks gzip piece by piece.
-fn unpacked(bytes: impl Stream<Item = io::Result<Bytes>> + Send + 'static) -> impl Stream<Item = io::Result<Bytes>> + Send {
+fn unpacked(
+    bytes: impl Stream<Item = io::Result<Bytes>> + Send + 'static,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
     let state = Some((Box::pin(bytes), MultiGzDecoder::new(Vec::new())));
     futures::stream::unfold(state, |state| async move {
         let (mut bytes, mut decoder) = state?;

@@ -34,7 +34,11 @@ pub fn list(path: &Path, depth: u32) -> Result<Vec<EntryInfo>, ConnectError> {
     let names = Names::read();
     let mut entries = Vec::new();
     // Children of a folder, last name first, so that the stack gives the first name first.
-    let mut stack = children(path).map_err(|e| io_error("list", path, &e))?.into_iter().map(|p| (p, 1)).collect::<Vec<_>>();
+    let mut stack = children(path)
+        .map_err(|e| io_error("list", path, &e))?
+        .into_iter()
+        .map(|p| (p, 1))
+        .collect::<Vec<_>>();
     while let Some((path, level)) = stack.pop() {
         let Ok(own) = fs::symlink_metadata(&path) else { continue }; // Gone meanwhile.
         if entries.len() >= MAX_ENTRIES {
@@ -132,9 +136,8 @@ mod tests {
         assert_eq!(make_dir(&at("a"), &user()).unwrap_err().code, Code::AlreadyExists);
         fs::write(at("f"), b"").unwrap();
         assert_eq!(make_dir(&at("f"), &user()).unwrap_err().code, Code::InvalidArgument);
-        let names = |depth| -> Vec<String> {
-            list(dir.path(), depth).unwrap().into_iter().map(|e| e.name).collect()
-        };
+        let names =
+            |depth| -> Vec<String> { list(dir.path(), depth).unwrap().into_iter().map(|e| e.name).collect() };
         assert_eq!(names(1), ["a", "f"]);
         assert_eq!(names(9), ["a", "b", "c", "f"]);
         assert_eq!(list(&at("f"), 1).unwrap_err().code, Code::InvalidArgument);

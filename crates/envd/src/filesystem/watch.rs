@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use nidus_envd_protocol::connect::{Code, ConnectError};
@@ -28,9 +29,24 @@ pub struct Options {
     pub network_mounts: bool,
 }
 
+/// The kernel's queue of changes.
+struct Queue(Inotify);
+
+impl AsFd for Queue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Queue {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
 /// A watch that collects in the kernel until it is asked.
 pub struct Watch {
-    inotify: AsyncFd<Inotify>,
+    inotify: AsyncFd<Queue>,
     root: PathBuf,
     folders: HashMap<WatchDescriptor, PathBuf>,
     options: Options,
@@ -53,7 +69,8 @@ impl Watch {
     pub async fn start(path: PathBuf, options: Options) -> Result<Self, ConnectError> {
         let prepared = blocking(move || prepare(path, options)).await?;
         let (inotify, root, folders) = prepared;
-        let inotify = AsyncFd::new(inotify)
+        // SAFETY: the queue owns its descriptor, which stays the same until it is dropped.
+        let inotify = unsafe { AsyncFd::register(Queue(inotify)) }
             .map_err(|e| failed(Code::Internal, format!("cannot wait for changes: {e}")))?;
         Ok(Self { inotify, root, folders, options })
     }
@@ -63,7 +80,7 @@ impl Watch {
         loop {
             let lost = |e: std::io::Error| failed(Code::Internal, format!("cannot read changes: {e}"));
             let mut ready = self.inotify.readable().await.map_err(lost)?;
-            let read = ready.try_io(|i| i.get_ref().read_events().map_err(std::io::Error::from));
+            let read = ready.try_io(|i| i.get_ref().0.read_events().map_err(std::io::Error::from));
             let raw = match read {
                 Ok(r) => r.map_err(lost)?,
                 Err(_would_block) => continue,
@@ -109,7 +126,7 @@ impl Watch {
         if self.options.recursive && raw.mask.contains(F::IN_ISDIR) && kind == EventType::Create {
             // What was put into the new folder before it was watched is told as new too.
             let before = self.folders.len();
-            let _ = add_below(self.inotify.get_ref(), &path, &mut self.folders);
+            let _ = add_below(&self.inotify.get_ref().0, &path, &mut self.folders);
             if self.folders.len() > before {
                 self.tell_below(&path, out);
             }
@@ -159,7 +176,7 @@ fn prepare(path: PathBuf, options: Options) -> Result<Prepared, ConnectError> {
 }
 
 fn is_network(path: &Path) -> bool {
-    rustix::fs::statfs(path).is_ok_and(|s| NETWORK.contains(&(s.f_type as i64)))
+    rustix::fs::statfs(path).is_ok_and(|s| NETWORK.contains(&s.f_type))
 }
 
 /// Watches a folder and those below it. One that vanishes meanwhile is left out.

@@ -50,7 +50,10 @@ impl Watchers {
     pub fn add(&self, mut watch: Watch) -> Result<String, ConnectError> {
         let mut all = self.all.lock();
         if all.len() >= MAX_WATCHERS {
-            return Err(failed(Code::ResourceExhausted, format!("there are {MAX_WATCHERS} watchers already")));
+            return Err(failed(
+                Code::ResourceExhausted,
+                format!("there are {MAX_WATCHERS} watchers already"),
+            ));
         }
         let id = format!("w{}", self.next.fetch_add(1, Relaxed));
         let events = Arc::new(Mutex::new(Ok(VecDeque::new())));

@@ -28,7 +28,8 @@ fn refused(text: &str) -> ConnectError {
 
 fn open(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     set_nonblocking(&fd)?;
-    AsyncFd::with_interest(fd, Interest::WRITABLE)
+    // SAFETY: an OwnedFd stays the same open descriptor until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::WRITABLE) }?)
 }
 
 impl Input {
@@ -78,7 +79,10 @@ impl Input {
         // SAFETY: TIOCSWINSZ reads a winsize, which lives through the call; the descriptor is ours.
         match unsafe { libc::ioctl(fd.get_ref().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } {
             0 => Ok(()),
-            _ => Err(ConnectError::new(Code::Internal, format!("cannot resize: {}", io::Error::last_os_error()))),
+            _ => Err(ConnectError::new(
+                Code::Internal,
+                format!("cannot resize: {}", io::Error::last_os_error()),
+            )),
         }
     }
 }

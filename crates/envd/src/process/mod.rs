@@ -45,7 +45,9 @@ impl Process {
         }
         match signal::killpg(Pid::from_raw(self.pid.cast_signed()), signal) {
             Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
-            Err(e) => Err(ConnectError::new(Code::Internal, format!("cannot signal process {}: {e}", self.pid))),
+            Err(e) => {
+                Err(ConnectError::new(Code::Internal, format!("cannot signal process {}: {e}", self.pid)))
+            }
         }
     }
 }
@@ -127,7 +129,8 @@ pub async fn call(method: &str, request: Request<Incoming>, state: &Arc<State>) 
             .await
         }
         "List" => {
-            rpc::unary(request, async |_, _: ListRequest| Ok(ListResponse { processes: processes.list() })).await
+            rpc::unary(request, async |_, _: ListRequest| Ok(ListResponse { processes: processes.list() }))
+                .await
         }
         "Update" => {
             rpc::unary(request, async |_, update: UpdateRequest| {
@@ -158,7 +161,8 @@ pub async fn call(method: &str, request: Request<Incoming>, state: &Arc<State>) 
                         Some(Event::Start(start)) => process = Some(processes.find(start.process)?),
                         Some(Event::Data(data)) => {
                             let (bytes, pty) = bytes_of(data.input)?;
-                            let none = || ConnectError::new(Code::InvalidArgument, "data came before the start");
+                            let none =
+                                || ConnectError::new(Code::InvalidArgument, "data came before the start");
                             process.as_ref().ok_or_else(none)?.input.write(&bytes, pty).await?;
                         }
                         Some(Event::Keepalive(_)) | None => {}

@@ -18,7 +18,8 @@ impl Source {
     /// Takes the reading end.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         set_nonblocking(&fd)?;
-        Ok(Self(AsyncFd::with_interest(fd, Interest::READABLE)?))
+        // SAFETY: an OwnedFd stays the same open descriptor until it is dropped.
+        Ok(Self(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?))
     }
 
     /// The next piece; `None` at the end.

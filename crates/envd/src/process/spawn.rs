@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -20,11 +20,11 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use super::Process;
 use super::events::{Fanout, Item};
 use super::input::{Input, window};
 use super::output::Source;
 use super::status::end_event;
-use super::Process;
 use crate::paths;
 use crate::state::State;
 use crate::users::User;
@@ -41,10 +41,13 @@ struct Ends {
     child: [Stdio; 3],
 }
 
+/// Which of the three outputs bytes are.
+type Kind = fn(bytes::Bytes) -> data_event::Output;
+
 struct Ours {
     input: Input,
     /// Descriptor and which of the three outputs it is.
-    outputs: Vec<(Source, fn(bytes::Bytes) -> data_event::Output)>,
+    outputs: Vec<(Source, Kind)>,
     terminal: bool,
 }
 
@@ -72,7 +75,9 @@ pub fn start(
         Some(size) => terminal_ends(size),
         None => pipe_ends(stdin),
     }
-    .map_err(|e| ConnectError::new(Code::Internal, format!("cannot open the process's input and output: {e}")))?;
+    .map_err(|e| {
+        ConnectError::new(Code::Internal, format!("cannot open the process's input and output: {e}"))
+    })?;
     let Ends { ours, child: [stdin, stdout, stderr] } = ends;
     let mut command = Command::new(&config.cmd);
     command
@@ -215,7 +220,8 @@ fn confine(command: &mut Command, user: &User, cwd: &Path, terminal: bool) -> io
                 check(libc::setpgid(0, 0))?;
                 if score {
                     // Best effort: a guest without it only loses an order of preference.
-                    let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+                    let fd =
+                        libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
                     if fd >= 0 {
                         libc::write(fd, OOM_SCORE.as_ptr().cast(), OOM_SCORE.len());
                         libc::close(fd);
@@ -241,14 +247,12 @@ async fn see_through(
     state: Arc<State>,
     process: Arc<Process>,
     mut child: Child,
-    outputs: Vec<(Source, fn(bytes::Bytes) -> data_event::Output)>,
+    outputs: Vec<(Source, Kind)>,
 ) {
     let exited = watch::Sender::new(false);
     let readers: Vec<_> = outputs
         .into_iter()
-        .map(|(source, kind)| {
-            tokio::spawn(pass_on(process.clone(), source, kind, exited.subscribe()))
-        })
+        .map(|(source, kind)| tokio::spawn(pass_on(process.clone(), source, kind, exited.subscribe())))
         .collect();
     let status = child.wait().await;
     exited.send_replace(true);
@@ -272,17 +276,12 @@ async fn see_through(
 /// After the exit, what the process itself wrote is all there to be read; what its children may
 /// still write, for as long as they like, does not hold the end up. It is read all the same, to
 /// nowhere, so that they are not killed by a pipe without a reader.
-async fn pass_on(
-    process: Arc<Process>,
-    source: Source,
-    kind: fn(bytes::Bytes) -> data_event::Output,
-    mut exited: watch::Receiver<bool>,
-) {
+async fn pass_on(process: Arc<Process>, source: Source, kind: Kind, mut exited: watch::Receiver<bool>) {
     let send = |bytes| process.output.send(Item::Data(DataEvent { output: Some(kind(bytes)) }));
     loop {
         tokio::select! {
             biased;
-            _ = exited.wait_for(|e| *e) => break,
+            () = async { exited.wait_for(|e| *e).await.ok(); } => break,
             piece = source.next() => match piece {
                 Some(bytes) => send(bytes).await,
                 None => return,
@@ -302,6 +301,8 @@ async fn pass_on(
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     #[test]
@@ -315,7 +316,11 @@ mod tests {
             groups: vec![],
         };
         let config = ProcessConfig {
-            envs: HashMap::from([("A".into(), "call".into()), ("B=".into(), "x".into()), ("C".into(), "\0".into())]),
+            envs: HashMap::from([
+                ("A".into(), "call".into()),
+                ("B=".into(), "x".into()),
+                ("C".into(), "\0".into()),
+            ]),
             ..Default::default()
         };
         let sandbox = HashMap::from([("A".into(), "sandbox".into()), ("S".into(), "s".into())]);
