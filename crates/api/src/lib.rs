@@ -1,1 +1,72 @@
-//! Public REST API: keys, teams, templates by name, placement of sandboxes over nodes
+//! The public REST API: what SDKs and the command line call.
+//!
+//! Keys and templates are kept in SQLite. Sandboxes are not: the nodes know them, so that the API
+//! can end and start again without losing one.
+
+mod auth;
+mod build;
+mod error;
+mod input;
+mod list;
+mod model;
+mod nodes;
+mod sandboxes;
+mod server;
+mod store;
+mod templates;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+pub use build::TemplateSpec;
+pub use error::ApiError;
+pub use nodes::Nodes;
+pub use server::serve;
+pub use store::{ApiKey, NewKey, Store, StoreError};
+
+/// Settings of the API.
+#[derive(Debug, Clone)]
+pub struct ApiConfig {
+    /// Domain of sandboxes' host names, told to SDKs; none when they are told a URL.
+    pub domain: Option<String>,
+    /// Time of a sandbox whose creator does not say.
+    pub default_timeout: Duration,
+    /// Longest time that may be asked for.
+    pub max_timeout: Duration,
+}
+
+impl Default for ApiConfig {
+    fn default() -> Self {
+        Self {
+            domain: None,
+            default_timeout: Duration::from_secs(300),
+            max_timeout: Duration::from_secs(24 * 3600),
+        }
+    }
+}
+
+/// The API over a store and nodes.
+pub struct Api {
+    pub(crate) config: ApiConfig,
+    pub(crate) store: Store,
+    pub(crate) nodes: Nodes,
+    ready: AtomicBool,
+}
+
+impl Api {
+    /// Not ready until [`Api::set_ready`] says so.
+    pub fn new(config: ApiConfig, store: Store, nodes: Nodes) -> Arc<Self> {
+        Arc::new(Self { config, store, nodes, ready: AtomicBool::new(false) })
+    }
+
+    /// Whether sandboxes can be created, as far as the caller knows; `GET /health` also asks the
+    /// node.
+    pub fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Relaxed);
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.ready.load(Relaxed)
+    }
+}

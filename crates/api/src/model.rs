@@ -1,0 +1,161 @@
+//! JSON of the contract (shared contract, http.md), the parts that are served.
+
+use std::collections::HashMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Body of `POST /sandboxes` and `POST /v2/sandboxes`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NewSandbox {
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    pub timeout: Option<i64>,
+    #[serde(default)]
+    pub auto_pause: Option<bool>,
+    pub auto_resume: Option<AutoResume>,
+    pub secure: Option<bool>,
+    #[serde(rename = "allow_internet_access")]
+    pub allow_internet_access: Option<bool>,
+    pub network: Option<Network>,
+    pub metadata: Option<HashMap<String, String>>,
+    pub env_vars: Option<HashMap<String, String>>,
+    pub mcp: Option<Value>,
+    pub iam: Option<Value>,
+    pub volume_mounts: Option<Vec<Value>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct AutoResume {
+    #[serde(default)]
+    pub enabled: bool,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Network {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_public_traffic: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_out: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deny_out: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress_proxy: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask_request_host: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rules: Option<HashMap<String, Value>>,
+}
+
+/// A created or connected sandbox.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Sandbox {
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    #[serde(rename = "sandboxID")]
+    pub sandbox_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alias: Option<String>,
+    #[serde(rename = "clientID")]
+    pub client_id: String,
+    pub envd_version: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub envd_access_token: Option<String>,
+    pub traffic_access_token: Option<String>,
+    pub domain: Option<String>,
+}
+
+/// A sandbox in a list.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListedSandbox {
+    #[serde(rename = "templateID")]
+    pub template_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alias: Option<String>,
+    #[serde(rename = "sandboxID")]
+    pub sandbox_id: String,
+    #[serde(rename = "clientID")]
+    pub client_id: String,
+    pub started_at: DateTime<Utc>,
+    pub end_at: DateTime<Utc>,
+    pub cpu_count: i64,
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: i64,
+    #[serde(rename = "diskSizeMB")]
+    pub disk_size_mb: i64,
+    pub metadata: HashMap<String, String>,
+    pub state: &'static str,
+    pub envd_version: String,
+}
+
+/// One sandbox, with what its owner may know.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SandboxDetail {
+    #[serde(flatten)]
+    pub listed: ListedSandbox,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub envd_access_token: Option<String>,
+    pub allow_internet_access: Option<bool>,
+    pub domain: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+    pub lifecycle: Lifecycle,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Lifecycle {
+    pub auto_resume: bool,
+    pub on_timeout: &'static str,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct TimeoutRequest {
+    pub timeout: i64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub struct RefreshRequest {
+    pub duration: Option<i64>,
+}
+
+/// Body of `POST /v3/templates`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NewTemplate {
+    pub name: Option<String>,
+    pub alias: Option<String>,
+    pub tags: Option<Vec<String>>,
+    pub cpu_count: Option<i32>,
+    #[serde(rename = "memoryMB")]
+    pub memory_mb: Option<i32>,
+}
+
+/// Body of `POST /v2/templates/{templateID}/builds/{buildID}`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StartBuild {
+    pub from_image: Option<String>,
+    pub from_template: Option<String>,
+    pub from_image_registry: Option<Value>,
+    pub force: Option<bool>,
+    pub steps: Option<Vec<Step>>,
+    pub start_cmd: Option<String>,
+    pub ready_cmd: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Step {
+    pub r#type: String,
+    #[serde(default)]
+    pub args: Vec<String>,
+    pub files_hash: Option<String>,
+    pub force: Option<bool>,
+}

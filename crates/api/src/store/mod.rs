@@ -1,0 +1,159 @@
+//! What the API keeps: teams, keys, templates and their builds, in one SQLite file.
+
+mod keys;
+mod templates;
+
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+
+pub use keys::{ApiKey, NewKey};
+pub use templates::{BuildRow, BuildStatus, TemplateRow};
+
+/// Version of the schema that this program writes.
+const SCHEMA: i64 = 1;
+/// Another process (`nidus key create`) may be writing.
+const BUSY_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why the store failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file cannot be used.
+    #[error("Cannot open the database {path}: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A newer program wrote it.
+    #[error("The database {path} has schema {found}, this nidus knows up to {SCHEMA}: use the newer nidus")]
+    TooNew {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: i64,
+    },
+    /// SQLite failed.
+    #[error("The database failed while it was to {action}: {source}")]
+    Sql {
+        /// What was being done.
+        action: &'static str,
+        /// The cause.
+        source: sqlx::Error,
+    },
+    /// No random bytes.
+    #[error("Cannot make a random key: {0}")]
+    Random(String),
+}
+
+fn sql(action: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
+    move |source| StoreError::Sql { action, source }
+}
+
+/// The database.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: SqlitePool,
+}
+
+/// Milliseconds since 1970, as times are kept.
+fn now() -> i64 {
+    Utc::now().timestamp_millis()
+}
+
+fn time(ms: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp_millis(ms).unwrap_or_default()
+}
+
+impl Store {
+    /// Opens the file, or makes it (readable by its owner alone) with the default team.
+    ///
+    /// # Errors
+    /// When it cannot be made or read, or was written by a newer program.
+    pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        let open = |source| StoreError::Open { path: path.to_owned(), source };
+        std::fs::File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(open)?;
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Normal)
+            .foreign_keys(true)
+            .busy_timeout(BUSY_LIMIT);
+        let pool = SqlitePoolOptions::new()
+            .max_connections(4)
+            .connect_with(options)
+            .await
+            .map_err(|e| open(std::io::Error::other(e)))?;
+        let found: i64 = sqlx::query_scalar("PRAGMA user_version")
+            .fetch_one(&pool)
+            .await
+            .map_err(|e| open(std::io::Error::other(e)))?;
+        if found > SCHEMA {
+            return Err(StoreError::TooNew { path: path.to_owned(), found });
+        }
+        let store = Self { pool };
+        if found == 0 {
+            store.make().await?;
+        }
+        Ok(store)
+    }
+
+    async fn make(&self) -> Result<(), StoreError> {
+        let wrap = sql("make its tables");
+        // One writer at a time: a second process waits here and then finds the tables.
+        let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
+        let found: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await.map_err(&wrap)?;
+        if found == 0 {
+            sqlx::raw_sql(include_str!("schema.sql")).execute(&mut *tx).await.map_err(&wrap)?;
+            sqlx::query("INSERT INTO teams (id, name, created_at) VALUES (?, 'default', ?)")
+                .bind(uuid::Uuid::new_v4().to_string())
+                .bind(now())
+                .execute(&mut *tx)
+                .await
+                .map_err(&wrap)?;
+        }
+        tx.commit().await.map_err(&wrap)
+    }
+
+    /// Id of the team that a single machine has.
+    pub async fn default_team(&self) -> Result<String, StoreError> {
+        sqlx::query_scalar("SELECT id FROM teams ORDER BY created_at LIMIT 1")
+            .fetch_one(&self.pool)
+            .await
+            .map_err(sql("read the default team"))
+    }
+
+    /// Closes it, with what is not yet in the file.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_new_file_is_its_owners_and_opens_twice() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let (a, b) = tokio::join!(Store::open(&path), Store::open(&path));
+        let (a, b) = (a.unwrap(), b.unwrap());
+        assert_eq!(a.default_team().await.unwrap(), b.default_team().await.unwrap());
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        sqlx::query("PRAGMA user_version = 99").execute(&a.pool).await.unwrap();
+        assert!(matches!(Store::open(&path).await, Err(StoreError::TooNew { found: 99, .. })));
+    }
+}
