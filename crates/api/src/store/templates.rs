@@ -282,14 +282,13 @@ impl Store {
         vmm: &str,
     ) -> Result<(), StoreError> {
         sqlx::query(
-            "UPDATE builds SET disk_mb = ?, envd_version = ?, kernel_version = ?, vmm_version = ?, \
-             status = 'ready', reason = NULL, updated_at = ?6, finished_at = ?6 WHERE id = ?7",
+            "UPDATE builds SET disk_mb = ?1, envd_version = ?2, kernel_version = ?3, vmm_version = ?4, \
+             status = 'ready', reason = NULL, updated_at = ?5, finished_at = ?5 WHERE id = ?6",
         )
         .bind(disk_mb)
         .bind(envd)
         .bind(kernel)
         .bind(vmm)
-        .bind(0i64)
         .bind(now())
         .bind(id)
         .execute(&self.pool)

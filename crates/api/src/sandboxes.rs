@@ -1,0 +1,408 @@
+//! Sandboxes over REST. All that is known of them comes from the node.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, RawQuery, State};
+use axum::response::{IntoResponse, Response};
+use chrono::{DateTime, TimeDelta, Utc};
+use http::StatusCode;
+use nidus_proto::node::{
+    RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxDeleteRequest, SandboxNetworkConfig,
+    SandboxNetworkEgressConfig, SandboxNetworkIngressConfig, SandboxUpdateRequest,
+};
+use prost_types::Timestamp;
+use uuid::Uuid;
+
+use crate::auth::Team;
+use crate::input::{Input, OptionalInput};
+use crate::list::{self, Query};
+use crate::model::{
+    Lifecycle, ListedSandbox, Network, NewSandbox, RefreshRequest, Sandbox, SandboxDetail, TimeoutRequest,
+};
+use crate::store::{BuildRow, BuildStatus, TemplateRow};
+use crate::{Api, ApiError};
+
+/// Time of a sandbox made by the old call when it does not say (contract).
+const OLD_DEFAULT: Duration = Duration::from_secs(15);
+/// Bounds of what is kept for a sandbox.
+const MAX_ENTRIES: usize = 256;
+const MAX_TEXT: usize = 32 << 10;
+
+/// Lower-case letters and digits, as ids in host names need.
+pub fn random_id(len: usize) -> Result<String, String> {
+    const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz012345";
+    let mut bytes = vec![0u8; len];
+    getrandom::fill(&mut bytes).map_err(|e| e.to_string())?;
+    Ok(bytes.iter().map(|b| LETTERS[usize::from(b & 31)] as char).collect())
+}
+
+fn secret() -> Result<String, ApiError> {
+    let mut bytes = [0u8; 32];
+    getrandom::fill(&mut bytes)
+        .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("no random bytes: {e}")))?;
+    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+fn timestamp(t: DateTime<Utc>) -> Timestamp {
+    Timestamp { seconds: t.timestamp(), nanos: t.timestamp_subsec_nanos().cast_signed() }
+}
+
+fn time(t: Option<Timestamp>) -> DateTime<Utc> {
+    let t = t.unwrap_or_default();
+    DateTime::from_timestamp(t.seconds, t.nanos.max(0).cast_unsigned()).unwrap_or_default()
+}
+
+fn not_found(id: &str) -> ApiError {
+    ApiError::not_found(format!("Sandbox \"{}\" was not found", shown(id)))
+}
+
+/// What a client wrote, short and without control characters.
+fn shown(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(100).collect()
+}
+
+fn listed(s: &RunningSandbox) -> ListedSandbox {
+    let c = s.config.clone().unwrap_or_default();
+    ListedSandbox {
+        template_id: c.template_id,
+        alias: c.alias.filter(|a| !a.is_empty()),
+        sandbox_id: c.sandbox_id,
+        client_id: s.client_id.clone(),
+        started_at: time(s.start_time),
+        end_at: time(s.end_time),
+        cpu_count: c.vcpu,
+        memory_mb: c.ram_mb,
+        disk_size_mb: c.total_disk_size_mb,
+        metadata: c.metadata,
+        state: "running",
+        envd_version: c.envd_version,
+    }
+}
+
+impl Api {
+    /// A running sandbox of this team. Another team's is as unknown as none.
+    async fn find(&self, team: &Team, id: &str) -> Result<RunningSandbox, ApiError> {
+        let found = self.nodes.list().await?.into_iter().find(|s| list::id(s) == id);
+        found
+            .filter(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id))
+            .ok_or_else(|| not_found(id))
+    }
+
+    fn answer(&self, s: &RunningSandbox) -> Sandbox {
+        let c = s.config.clone().unwrap_or_default();
+        let ingress = c.network.and_then(|n| n.ingress);
+        Sandbox {
+            template_id: c.template_id,
+            sandbox_id: c.sandbox_id,
+            alias: c.alias.filter(|a| !a.is_empty()),
+            client_id: s.client_id.clone(),
+            envd_version: c.envd_version,
+            envd_access_token: c.envd_access_token,
+            traffic_access_token: ingress.and_then(|i| i.traffic_access_token),
+            domain: self.config.domain.clone(),
+        }
+    }
+
+    fn timeout(&self, seconds: i64) -> Result<TimeDelta, ApiError> {
+        let max = i64::try_from(self.config.max_timeout.as_secs()).unwrap_or(i64::MAX);
+        if seconds < 0 {
+            return Err(ApiError::bad(format!("The timeout of {seconds} s is negative")));
+        }
+        if seconds > max {
+            return Err(ApiError::bad(format!("The timeout of {seconds} s is longer than the longest, {max} s")));
+        }
+        Ok(TimeDelta::seconds(seconds))
+    }
+
+    /// The newest usable build of a template that this team may use, by id or name.
+    pub(crate) async fn usable(&self, team: &str, name: &str) -> Result<(TemplateRow, BuildRow), ApiError> {
+        let missing = || ApiError::not_found(format!("Template '{}' was not found", shown(name)));
+        // Builds have no tags yet but the one that every build has.
+        let plain = name.strip_suffix(":default").or_else(|| name.strip_suffix(":latest")).unwrap_or(name);
+        let template = self.store.template(plain).await?.filter(|t| t.public || t.team_id == team);
+        let template = template.ok_or_else(missing)?;
+        let builds = self.store.builds(&template.id).await?;
+        match builds.into_iter().find(|b| b.status == BuildStatus::Ready) {
+            Some(build) => Ok((template, build)),
+            None => Err(ApiError::not_found(format!(
+                "Template '{}' has no build that can be used yet",
+                shown(name)
+            ))),
+        }
+    }
+
+    async fn create(&self, team: Team, new: NewSandbox, default: Duration) -> Result<Sandbox, ApiError> {
+        refuse_unsupported(&new)?;
+        let default = i64::try_from(default.as_secs()).unwrap_or(0);
+        let seconds = new.timeout.unwrap_or(default);
+        let length = self.timeout(seconds)?;
+        if seconds == 0 {
+            return Err(ApiError::bad("The timeout of a new sandbox is at least 1 s"));
+        }
+        for (what, map) in [("metadata", &new.metadata), ("envVars", &new.env_vars)] {
+            let map = map.iter().flatten();
+            let (count, size) = map.fold((0, 0), |(n, l), (k, v)| (n + 1, l + k.len() + v.len()));
+            if count > MAX_ENTRIES || size > MAX_TEXT {
+                return Err(ApiError::bad(format!("{what} has more than {MAX_ENTRIES} entries or {MAX_TEXT} bytes")));
+            }
+        }
+        let (template, build) = self.usable(&team.id, &new.template_id).await?;
+        let now = Utc::now();
+        let network = network(new.network)?;
+        let config = SandboxConfig {
+            template_id: template.id.clone(),
+            build_id: build.id.clone(),
+            kernel_version: build.kernel_version,
+            firecracker_version: build.vmm_version,
+            sandbox_id: format!("i{}", random_id(20).map_err(ApiError::bad)?),
+            env_vars: new.env_vars.unwrap_or_default(),
+            metadata: new.metadata.unwrap_or_default(),
+            alias: template.aliases.first().cloned(),
+            envd_version: build.envd_version,
+            vcpu: build.cpu_count,
+            ram_mb: build.memory_mb,
+            team_id: team.id,
+            max_sandbox_length: i64::try_from(self.config.max_timeout.as_secs() / 3600).unwrap_or(24),
+            total_disk_size_mb: build.disk_mb,
+            base_template_id: template.id.clone(),
+            envd_access_token: if new.secure == Some(false) { None } else { Some(secret()?) },
+            execution_id: Uuid::new_v4().to_string(),
+            allow_internet_access: new.allow_internet_access,
+            network,
+            ..SandboxConfig::default()
+        };
+        let request = SandboxCreateRequest {
+            sandbox: Some(config.clone()),
+            start_time: Some(timestamp(now)),
+            end_time: Some(timestamp(now + length)),
+            filesystem_boot: None,
+        };
+        let made = self.nodes.sandboxes().create(request).await?.into_inner();
+        if let Err(e) = self.store.count_spawn(&template.id).await {
+            // The sandbox runs; a statistic is no reason to fail it.
+            tracing::warn!("{e}");
+        }
+        let running = RunningSandbox { config: Some(config), client_id: made.client_id, ..Default::default() };
+        Ok(self.answer(&running))
+    }
+
+    async fn set_end(&self, id: &str, end: DateTime<Utc>) -> Result<(), ApiError> {
+        let request =
+            SandboxUpdateRequest { sandbox_id: id.to_owned(), end_time: Some(timestamp(end)), egress: None };
+        match self.nodes.sandboxes().update(request).await {
+            Ok(_) => Ok(()),
+            Err(s) if s.code() == tonic::Code::NotFound => Err(not_found(id)),
+            Err(s) => Err(s.into()),
+        }
+    }
+}
+
+/// Better refused than silently left out.
+fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
+    let asked = |v: &Option<serde_json::Value>| {
+        v.as_ref().is_some_and(|v| !v.is_null() && v.as_object().is_none_or(|o| !o.is_empty()))
+    };
+    for (is, what) in [
+        (new.auto_pause == Some(true), "autoPause"),
+        (new.auto_resume.as_ref().is_some_and(|r| r.enabled), "autoResume"),
+        (asked(&new.mcp), "mcp"),
+        (asked(&new.iam), "iam"),
+        (new.volume_mounts.as_ref().is_some_and(|v| !v.is_empty()), "volumeMounts"),
+    ] {
+        if is {
+            return Err(ApiError::not_yet(what));
+        }
+    }
+    Ok(())
+}
+
+fn network(network: Option<Network>) -> Result<Option<SandboxNetworkConfig>, ApiError> {
+    let Some(n) = network else { return Ok(None) };
+    let some = |v: &Option<Vec<String>>| v.clone().unwrap_or_default();
+    if n.egress_proxy.as_ref().is_some_and(|p| !p.is_null()) || n.rules.as_ref().is_some_and(|r| !r.is_empty()) {
+        return Err(ApiError::not_yet("network.egressProxy or network.rules"));
+    }
+    let is_address = |t: &String| t.bytes().next().is_some_and(|b| b.is_ascii_digit()) || t.contains(':');
+    let (allowed_cidrs, allowed_domains) = some(&n.allow_out).into_iter().partition(is_address);
+    let egress =
+        SandboxNetworkEgressConfig { allowed_cidrs, allowed_domains, denied_cidrs: some(&n.deny_out), ..Default::default() };
+    let ingress = SandboxNetworkIngressConfig {
+        traffic_access_token: if n.allow_public_traffic == Some(false) { Some(secret()?) } else { None },
+        mask_request_host: n.mask_request_host.filter(|m| !m.is_empty()),
+    };
+    if let Some(mask) = &ingress.mask_request_host
+        && (mask.len() > 255 || http::HeaderValue::from_str(mask).is_err() || mask.contains(['/', ' ', '@']))
+    {
+        return Err(ApiError::bad(format!("maskRequestHost '{}' is not a host name", shown(mask))));
+    }
+    Ok(Some(SandboxNetworkConfig { egress: Some(egress), ingress: Some(ingress) }))
+}
+
+/// What a client may see of it again.
+fn network_of(c: &SandboxConfig) -> Option<Network> {
+    let n = c.network.as_ref()?;
+    let list = |v: &[String]| (!v.is_empty()).then(|| v.to_vec());
+    let (egress, ingress) = (n.egress.clone().unwrap_or_default(), n.ingress.clone().unwrap_or_default());
+    Some(Network {
+        allow_public_traffic: Some(ingress.traffic_access_token.is_none()),
+        allow_out: list(&[egress.allowed_cidrs, egress.allowed_domains].concat()),
+        deny_out: list(&egress.denied_cidrs),
+        mask_request_host: ingress.mask_request_host,
+        ..Network::default()
+    })
+}
+
+type Shared = State<Arc<Api>>;
+
+pub async fn create_v1(
+    State(api): Shared,
+    team: Team,
+    Input(new): Input<NewSandbox>,
+) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
+    Ok((StatusCode::CREATED, Json(api.create(team, new, OLD_DEFAULT).await?)))
+}
+
+pub async fn create_v2(
+    State(api): Shared,
+    team: Team,
+    Input(mut new): Input<NewSandbox>,
+) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
+    new.secure = Some(true);
+    let default = api.config.default_timeout;
+    Ok((StatusCode::CREATED, Json(api.create(team, new, default).await?)))
+}
+
+async fn of_team(api: &Api, team: &Team) -> Result<Vec<RunningSandbox>, ApiError> {
+    let mut all = api.nodes.list().await?;
+    all.retain(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id));
+    Ok(all)
+}
+
+pub async fn list_v1(
+    State(api): Shared,
+    team: Team,
+    RawQuery(query): RawQuery,
+) -> Result<Json<Vec<ListedSandbox>>, ApiError> {
+    let query = query.unwrap_or_default();
+    let wanted = form_urlencoded::parse(query.as_bytes())
+        .find(|(name, _)| name == "metadata")
+        .map(|(_, value)| list::metadata(&value))
+        .unwrap_or_default();
+    let mut all: Vec<ListedSandbox> = of_team(&api, &team).await?.iter().map(listed).collect();
+    all.retain(|s| wanted.iter().all(|(k, v)| s.metadata.get(k) == Some(v)));
+    all.sort_by(|a, b| b.started_at.cmp(&a.started_at).then_with(|| a.sandbox_id.cmp(&b.sandbox_id)));
+    Ok(Json(all))
+}
+
+pub async fn list_v2(State(api): Shared, team: Team, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
+    let query = Query::parse(query.as_deref().unwrap_or_default())?;
+    let (page, next) = query.page(of_team(&api, &team).await?);
+    let mut response = Json(page.iter().map(listed).collect::<Vec<_>>()).into_response();
+    if let Some(value) = next.and_then(|t| t.parse().ok()) {
+        response.headers_mut().insert("x-next-token", value);
+    }
+    Ok(response)
+}
+
+pub async fn detail(
+    State(api): Shared,
+    team: Team,
+    Path(id): Path<String>,
+) -> Result<Json<SandboxDetail>, ApiError> {
+    let s = api.find(&team, &id).await?;
+    let c = s.config.clone().unwrap_or_default();
+    Ok(Json(SandboxDetail {
+        listed: listed(&s),
+        network: network_of(&c),
+        envd_access_token: c.envd_access_token,
+        allow_internet_access: c.allow_internet_access,
+        domain: api.config.domain.clone(),
+        lifecycle: Lifecycle { auto_resume: false, on_timeout: "kill" },
+    }))
+}
+
+pub async fn kill(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    api.find(&team, &id).await?;
+    let request = SandboxDeleteRequest { sandbox_id: id.clone(), kill_reason: Some("killed by request".into()) };
+    match api.nodes.sandboxes().delete(request).await {
+        Ok(_) => Ok(StatusCode::NO_CONTENT),
+        Err(s) if s.code() == tonic::Code::NotFound => Err(not_found(&id)),
+        Err(s) => Err(s.into()),
+    }
+}
+
+pub async fn set_timeout(
+    State(api): Shared,
+    team: Team,
+    Path(id): Path<String>,
+    Input(request): Input<TimeoutRequest>,
+) -> Result<StatusCode, ApiError> {
+    let length = api.timeout(request.timeout)?;
+    api.find(&team, &id).await?;
+    api.set_end(&id, Utc::now() + length).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Makes the time longer, never shorter.
+async fn extend(api: &Api, s: &RunningSandbox, length: TimeDelta) -> Result<(), ApiError> {
+    let end = Utc::now() + length;
+    if end > time(s.end_time) {
+        api.set_end(list::id(s), end).await?;
+    }
+    Ok(())
+}
+
+pub async fn refresh(
+    State(api): Shared,
+    team: Team,
+    Path(id): Path<String>,
+    OptionalInput(request): OptionalInput<RefreshRequest>,
+) -> Result<StatusCode, ApiError> {
+    let seconds = request.duration.unwrap_or(OLD_DEFAULT.as_secs().cast_signed());
+    let length = api.timeout(seconds)?;
+    let s = api.find(&team, &id).await?;
+    extend(&api, &s, length).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub async fn connect(
+    State(api): Shared,
+    team: Team,
+    Path(id): Path<String>,
+    Input(request): Input<TimeoutRequest>,
+) -> Result<Json<Sandbox>, ApiError> {
+    let length = api.timeout(request.timeout)?;
+    let s = api.find(&team, &id).await?;
+    extend(&api, &s, length).await?;
+    Ok(Json(api.answer(&s)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_for_host_names() {
+        let (a, b) = (random_id(20).unwrap(), random_id(20).unwrap());
+        assert_ne!(a, b);
+        assert!(a.len() == 20 && a.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        let new = |text: &str| serde_json::from_str::<NewSandbox>(text).unwrap();
+        let plain = r#"{"templateID":"base","autoPause":false,"mcp":null,"autoResume":{"enabled":false},"x":1}"#;
+        assert!(refuse_unsupported(&new(plain)).is_ok());
+        let e = refuse_unsupported(&new(r#"{"templateID":"base","autoPause":true}"#)).unwrap_err();
+        assert!(e.status == 501 && e.message.contains("autoPause"));
+    }
+
+    #[test]
+    fn masks_must_be_host_names() {
+        let mask = |m: &str| network(Some(Network { mask_request_host: Some(m.into()), ..Default::default() }));
+        assert!(mask("localhost:${PORT}").is_ok());
+        assert_eq!(mask("http://x/").unwrap_err().status, 400);
+    }
+}

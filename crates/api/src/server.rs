@@ -1,0 +1,145 @@
+//! Routes and the listener.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::routing::{any, delete, get, post};
+use http::StatusCode;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::Team;
+use crate::{Api, ApiError, sandboxes, templates};
+
+const MAX_BODY_BYTES: usize = 1 << 20;
+/// Requests in flight get this long when the API ends.
+const DRAIN_TIME: Duration = Duration::from_secs(10);
+
+async fn health(State(api): State<Arc<Api>>) -> Result<StatusCode, ApiError> {
+    let not = |text| Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, text));
+    if !api.is_ready() {
+        return not("Not ready yet: the base template is being prepared");
+    }
+    if !api.nodes.is_healthy().await {
+        return not("No node takes sandboxes");
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn teams(team: Team) -> axum::Json<serde_json::Value> {
+    axum::Json(serde_json::json!([{ "teamID": team.id, "name": team.name, "apiKey": "", "isDefault": true }]))
+}
+
+async fn not_yet(_team: Team, uri: http::Uri) -> ApiError {
+    ApiError::not_yet(uri.path())
+}
+
+async fn nothing_there(uri: http::Uri) -> ApiError {
+    let path: String = uri.path().chars().take(100).collect();
+    ApiError::not_found(format!("There is no {path}"))
+}
+
+async fn wrong_method(method: http::Method, uri: http::Uri) -> ApiError {
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not for {}", uri.path()))
+}
+
+fn router(api: Arc<Api>) -> Router {
+    let mut router = Router::new()
+        .route("/health", get(health))
+        .route("/teams", get(teams))
+        .route("/sandboxes", get(sandboxes::list_v1).post(sandboxes::create_v1))
+        .route("/v2/sandboxes", get(sandboxes::list_v2).post(sandboxes::create_v2))
+        .route("/sandboxes/{id}", get(sandboxes::detail).delete(sandboxes::kill))
+        .route("/sandboxes/{id}/timeout", post(sandboxes::set_timeout))
+        .route("/sandboxes/{id}/refreshes", post(sandboxes::refresh))
+        .route("/sandboxes/{id}/connect", post(sandboxes::connect))
+        .route("/v2/sandboxes/{id}/connect", post(sandboxes::connect))
+        .route("/templates", get(templates::list))
+        .route("/v2/templates", get(templates::list))
+        .route("/v3/templates", post(templates::request_build))
+        .route("/templates/{id}", get(templates::detail).merge(delete(templates::delete)))
+        .route("/templates/aliases/{alias}", get(templates::alias))
+        .route("/v2/templates/{id}/builds/{build}", post(templates::start_build))
+        .route("/templates/{id}/builds/{build}/status", get(templates::build_status))
+        .route("/templates/{id}/builds/{build}/logs", get(templates::build_logs));
+    // Parts of the contract that are to come: said so, and not as if they were nowhere.
+    for path in [
+        "/sandboxes/metrics",
+        "/sandboxes/{id}/logs",
+        "/v2/sandboxes/{id}/logs",
+        "/sandboxes/{id}/metrics",
+        "/sandboxes/{id}/pause",
+        "/sandboxes/{id}/resume",
+        "/sandboxes/{id}/fork",
+        "/sandboxes/{id}/network",
+        "/sandboxes/{id}/snapshots",
+        "/snapshots",
+        "/templates/{id}/files/{hash}",
+        "/templates/{id}/tags",
+        "/templates/tags",
+        "/teams/{id}/metrics",
+        "/teams/{id}/metrics/max",
+        "/volumes",
+        "/volumes/{id}",
+        "/secrets",
+        "/secrets/{id}",
+        "/api-keys",
+        "/access-tokens",
+        "/nodes",
+    ] {
+        router = router.route(path, any(not_yet));
+    }
+    router
+        .fallback(nothing_there)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(api)
+}
+
+/// Serves HTTP/1.1 and HTTP/2 (prior knowledge) until `stop`.
+///
+/// # Errors
+/// Never for a single connection.
+pub async fn serve(listener: TcpListener, api: Arc<Api>, stop: CancellationToken) -> io::Result<()> {
+    let router = router(api);
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(15));
+    builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(Duration::from_secs(20)));
+    let graceful = GracefulShutdown::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            a = listener.accept() => a,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(e) => {
+                // Out of descriptors, most likely: what is open must end first.
+                tracing::warn!("cannot accept a connection: {e}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(e) = connection.await {
+                tracing::debug!("a connection to the API ended: {e}");
+            }
+        });
+    }
+    drop(listener);
+    if tokio::time::timeout(DRAIN_TIME, graceful.shutdown()).await.is_err() {
+        tracing::warn!("connections to the API were cut after {} s", DRAIN_TIME.as_secs());
+    }
+    Ok(())
+}

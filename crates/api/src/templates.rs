@@ -1,0 +1,301 @@
+//! Templates and their builds over REST.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use chrono::{DateTime, Utc};
+use http::StatusCode;
+use nidus_proto::node::{
+    LogLevel, LogsDirection, TemplateBuildDeleteRequest, TemplateBuildLogEntry, TemplateConfig,
+    TemplateStatusRequest, TemplateStep, template_config,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::auth::Team;
+use crate::input::{Input, OptionalInput};
+use crate::model::{NewTemplate, StartBuild};
+use crate::store::{BuildRow, BuildStatus, TemplateRow};
+use crate::{Api, ApiError};
+
+const MAX_NAME: usize = 64;
+
+type Shared = State<Arc<Api>>;
+
+fn stamp(t: DateTime<Utc>) -> String {
+    t.to_rfc3339_opts(chrono::SecondsFormat::Millis, true)
+}
+
+fn template_json(t: &TemplateRow, builds: &[BuildRow]) -> Value {
+    let ready = builds.iter().find(|b| b.status == BuildStatus::Ready).or(builds.first());
+    json!({
+        "templateID": t.id,
+        "buildID": ready.map_or("", |b| b.id.as_str()),
+        "cpuCount": ready.map_or(0, |b| b.cpu_count),
+        "memoryMB": ready.map_or(0, |b| b.memory_mb),
+        "diskSizeMB": ready.map_or(0, |b| b.disk_mb),
+        "public": t.public,
+        "aliases": t.aliases,
+        "names": t.aliases,
+        "createdAt": stamp(t.created_at),
+        "updatedAt": stamp(t.updated_at),
+        "createdBy": null,
+        "lastSpawnedAt": t.last_spawned_at.map(stamp),
+        "spawnCount": t.spawn_count,
+        "buildCount": builds.len(),
+        "envdVersion": ready.map_or("", |b| b.envd_version.as_str()),
+        "buildStatus": ready.map_or(BuildStatus::Waiting, |b| b.status),
+    })
+}
+
+fn build_json(b: &BuildRow) -> Value {
+    json!({
+        "buildID": b.id,
+        "status": b.status,
+        "createdAt": stamp(b.created_at),
+        "updatedAt": stamp(b.updated_at),
+        "finishedAt": b.finished_at.map(stamp),
+        "cpuCount": b.cpu_count,
+        "memoryMB": b.memory_mb,
+        "diskSizeMB": b.disk_mb,
+        "envdVersion": b.envd_version,
+    })
+}
+
+fn missing(name: &str) -> ApiError {
+    let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
+    ApiError::not_found(format!("Template '{name}' was not found"))
+}
+
+impl Api {
+    async fn seen(&self, team: &Team, name: &str) -> Result<TemplateRow, ApiError> {
+        let t = self.store.template(name).await?.filter(|t| t.public || t.team_id == team.id);
+        t.ok_or_else(|| missing(name))
+    }
+
+    async fn owned(&self, team: &Team, name: &str) -> Result<TemplateRow, ApiError> {
+        let t = self.store.template(name).await?.filter(|t| t.team_id == team.id);
+        t.ok_or_else(|| missing(name))
+    }
+
+    async fn owned_build(&self, team: &Team, template: &str, build: &str) -> Result<BuildRow, ApiError> {
+        let t = self.owned(team, template).await?;
+        let b = self.store.build(build).await?.filter(|b| b.template_id == t.id);
+        b.ok_or_else(|| ApiError::not_found(format!("The template has no build '{}'", build.escape_debug())))
+    }
+}
+
+pub async fn list(State(api): Shared, team: Team) -> Result<Json<Vec<Value>>, ApiError> {
+    let mut all = Vec::new();
+    for t in api.store.templates(&team.id).await? {
+        all.push(template_json(&t, &api.store.builds(&t.id).await?));
+    }
+    Ok(Json(all))
+}
+
+pub async fn detail(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let t = api.seen(&team, &id).await?;
+    let builds = api.store.builds(&t.id).await?;
+    let mut answer = template_json(&t, &builds);
+    answer["builds"] = builds.iter().map(build_json).collect();
+    Ok(Json(answer))
+}
+
+pub async fn alias(State(api): Shared, team: Team, Path(alias): Path<String>) -> Result<Json<Value>, ApiError> {
+    let t = api.seen(&team, &alias).await?;
+    Ok(Json(json!({ "templateID": t.id, "public": t.public })))
+}
+
+pub async fn delete(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let t = api.owned(&team, &id).await?;
+    for b in api.store.builds(&t.id).await? {
+        let request = TemplateBuildDeleteRequest { build_id: b.id, template_id: t.id.clone() };
+        api.nodes.templates().template_build_delete(request).await?;
+    }
+    api.store.delete_template(&t.id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// A name that can stand in a URL and in front of a tag.
+fn check_name(name: &str) -> Result<(), ApiError> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_';
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(plain) {
+        let shown: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
+        return Err(ApiError::bad(format!(
+            "Template name '{shown}': a name has 1 to {MAX_NAME} lower-case letters, digits, '-' and '_'"
+        )));
+    }
+    Ok(())
+}
+
+pub async fn request_build(
+    State(api): Shared,
+    team: Team,
+    Input(new): Input<NewTemplate>,
+) -> Result<(StatusCode, Json<Value>), ApiError> {
+    if new.tags.as_ref().is_some_and(|t| !t.is_empty()) {
+        return Err(ApiError::not_yet("tags"));
+    }
+    let name = new.name.or(new.alias).ok_or_else(|| ApiError::bad("The template's name is missing"))?;
+    check_name(&name)?;
+    let (cpu, memory) = (new.cpu_count.unwrap_or(1), new.memory_mb.unwrap_or(512));
+    if !(1..=32).contains(&cpu) {
+        return Err(ApiError::bad(format!("cpuCount {cpu} is not between 1 and 32")));
+    }
+    if !(128..=65_536).contains(&memory) || memory % 2 != 0 {
+        return Err(ApiError::bad(format!("memoryMB {memory} is not an even number from 128 to 65536")));
+    }
+    let t = api.store.put_template(&team.id, &name, false).await?;
+    if t.team_id != team.id {
+        return Err(ApiError::new(StatusCode::CONFLICT, format!("Template name '{name}' is taken")));
+    }
+    let build = Uuid::new_v4().to_string();
+    api.store.add_build(&build, &t.id, cpu, memory).await?;
+    let answer = json!({
+        "templateID": t.id, "buildID": build, "public": t.public,
+        "names": t.aliases, "aliases": t.aliases, "tags": [],
+    });
+    Ok((StatusCode::ACCEPTED, Json(answer)))
+}
+
+pub async fn start_build(
+    State(api): Shared,
+    team: Team,
+    Path((template, build)): Path<(String, String)>,
+    OptionalInput(start): OptionalInput<StartBuild>,
+) -> Result<StatusCode, ApiError> {
+    let b = api.owned_build(&team, &template, &build).await?;
+    if b.status != BuildStatus::Waiting {
+        return Err(ApiError::new(StatusCode::CONFLICT, "The build was started already"));
+    }
+    if start.from_image_registry.is_some_and(|r| !r.is_null()) {
+        return Err(ApiError::not_yet("fromImageRegistry"));
+    }
+    if start.from_template.is_some() {
+        return Err(ApiError::not_yet("fromTemplate"));
+    }
+    let steps = start.steps.unwrap_or_default().into_iter().map(|s| TemplateStep {
+        r#type: s.r#type,
+        args: s.args,
+        force: s.force,
+        files_hash: s.files_hash,
+    });
+    let config = TemplateConfig {
+        template_id: b.template_id.clone(),
+        build_id: b.id.clone(),
+        memory_mb: b.memory_mb as i32,
+        v_cpu_count: b.cpu_count as i32,
+        start_command: start.start_cmd.unwrap_or_default(),
+        ready_command: start.ready_cmd.unwrap_or_default(),
+        force: start.force,
+        steps: steps.collect(),
+        source: Some(template_config::Source::FromImage(start.from_image.unwrap_or_default())),
+        team_id: team.id,
+        ..TemplateConfig::default()
+    };
+    api.start(config).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogQuery {
+    logs_offset: Option<i32>,
+    limit: Option<u32>,
+    level: Option<String>,
+    direction: Option<String>,
+    cursor: Option<i64>,
+}
+
+fn level(name: &str) -> Result<i32, ApiError> {
+    Ok(match name {
+        "debug" => LogLevel::Debug,
+        "info" => LogLevel::Info,
+        "warn" => LogLevel::Warn,
+        "error" => LogLevel::Error,
+        _ => return Err(ApiError::bad(format!("level '{}' is not a log level", name.escape_debug()))),
+    } as i32)
+}
+
+fn log_json(e: &TemplateBuildLogEntry) -> Value {
+    let t = e.timestamp.unwrap_or_default();
+    let time = DateTime::from_timestamp(t.seconds, t.nanos.max(0).cast_unsigned()).unwrap_or_default();
+    let level = LogLevel::try_from(e.level).unwrap_or(LogLevel::Info).as_str_name().to_lowercase();
+    json!({ "timestamp": stamp(time), "message": e.message, "level": level, "step": e.fields.get("step") })
+}
+
+fn status_request(b: &BuildRow, q: &LogQuery) -> Result<TemplateStatusRequest, ApiError> {
+    let backward = match q.direction.as_deref() {
+        None | Some("forward") => LogsDirection::Forward,
+        Some("backward") => LogsDirection::Backward,
+        Some(d) => return Err(ApiError::bad(format!("direction '{}' is not forward or backward", d.escape_debug()))),
+    };
+    let start = q.cursor.map(|ms| prost_types::Timestamp {
+        seconds: ms.div_euclid(1000),
+        nanos: (ms.rem_euclid(1000) * 1_000_000) as i32,
+    });
+    Ok(TemplateStatusRequest {
+        template_id: b.template_id.clone(),
+        build_id: b.id.clone(),
+        offset: q.logs_offset,
+        level: q.level.as_deref().map(level).transpose()?,
+        limit: q.limit,
+        start,
+        end: None,
+        direction: Some(backward as i32),
+    })
+}
+
+/// Lines of a build that the node remembers; none of one that it does not.
+async fn logs(api: &Api, b: &BuildRow, q: &LogQuery) -> Result<Vec<TemplateBuildLogEntry>, ApiError> {
+    match api.nodes.templates().template_build_status(status_request(b, q)?).await {
+        Ok(answer) => Ok(answer.into_inner().log_entries),
+        Err(s) if s.code() == tonic::Code::NotFound => Ok(Vec::new()),
+        Err(s) => Err(s.into()),
+    }
+}
+
+pub async fn build_status(
+    State(api): Shared,
+    team: Team,
+    Path((template, build)): Path<(String, String)>,
+    Query(q): Query<LogQuery>,
+) -> Result<Json<Value>, ApiError> {
+    let b = api.owned_build(&team, &template, &build).await?;
+    let logs = logs(&api, &b, &q).await?;
+    // Read again: what it was when the lines were read, or later.
+    let b = api.owned_build(&team, &template, &build).await?;
+    let entries: Vec<Value> = logs.iter().map(log_json).collect();
+    let lines: Vec<&str> = logs.iter().map(|l| l.message.as_str()).collect();
+    let reason = b.reason.as_ref().map(|r| json!({ "message": r, "logEntries": [] }));
+    Ok(Json(json!({
+        "templateID": b.template_id, "buildID": b.id, "status": b.status,
+        "logs": lines, "logEntries": entries, "reason": reason,
+    })))
+}
+
+pub async fn build_logs(
+    State(api): Shared,
+    team: Team,
+    Path((template, build)): Path<(String, String)>,
+    Query(q): Query<LogQuery>,
+) -> Result<Json<Value>, ApiError> {
+    let b = api.owned_build(&team, &template, &build).await?;
+    let entries: Vec<Value> = logs(&api, &b, &q).await?.iter().map(log_json).collect();
+    Ok(Json(json!({ "logs": entries })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        assert!(check_name("my-template_2").is_ok());
+        for bad in ["", "Upper", "a b", "a:b", "../x", &"x".repeat(65)] {
+            assert_eq!(check_name(bad).unwrap_err().status, 400, "{bad}");
+        }
+    }
+}
