@@ -32,7 +32,16 @@ pub struct TemplateSpec {
 }
 
 impl Api {
-    /// Makes sure that a template of this name can be used: looks at the newest ready build that
+    /// Whether there is a ready build of this name, as far as the store knows.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn has_template(&self, name: &str) -> Result<bool, ApiError> {
+        let Some(t) = self.store.template(name).await? else { return Ok(false) };
+        Ok(self.store.builds(&t.id).await?.iter().any(|b| b.status == BuildStatus::Ready))
+    }
+
+    /// Makes sure that a template of this name can be used, and returns its build: looks at the newest ready build that
     /// the node still has, else builds it and hands each new line of its log to `progress`.
     ///
     /// # Errors
@@ -42,12 +51,12 @@ impl Api {
         name: &str,
         spec: TemplateSpec,
         mut progress: impl FnMut(&str) + Send,
-    ) -> Result<(), ApiError> {
+    ) -> Result<String, ApiError> {
         self.store.fail_interrupted_builds().await?;
         if let Some(t) = self.store.template(name).await? {
             for b in self.store.builds(&t.id).await?.iter().filter(|b| b.status == BuildStatus::Ready) {
                 if self.node_has(&t.id, &b.id).await? {
-                    return Ok(());
+                    return Ok(b.id.clone());
                 }
                 let reason = "the node has it no more";
                 self.store.set_build(&b.id, BuildStatus::Error, Some(reason)).await?;
@@ -56,7 +65,7 @@ impl Api {
         self.build_template(name, spec, &mut progress).await
     }
 
-    /// Builds a template and waits for its end.
+    /// Builds a template, waits for its end and returns the build's id.
     ///
     /// # Errors
     /// When it cannot be built; the message says why.
@@ -65,7 +74,7 @@ impl Api {
         name: &str,
         spec: TemplateSpec,
         progress: &mut (impl FnMut(&str) + Send),
-    ) -> Result<(), ApiError> {
+    ) -> Result<String, ApiError> {
         let team = self.store.default_team().await?;
         let t = self.store.put_template(&team, name, spec.public).await?;
         let build = Uuid::new_v4().to_string();
@@ -79,8 +88,9 @@ impl Api {
             team_id: team,
             ..TemplateConfig::default()
         };
-        self.create(config.clone()).await?;
-        self.follow(&config, progress).await
+        self.submit(config.clone()).await?;
+        self.follow(&config, progress).await?;
+        Ok(build)
     }
 
     async fn node_has(&self, template: &str, build: &str) -> Result<bool, ApiError> {
@@ -99,7 +109,7 @@ impl Api {
 
     /// Starts a build and follows it without a caller who waits.
     pub(crate) async fn start(self: &Arc<Self>, config: TemplateConfig) -> Result<(), ApiError> {
-        self.create(config.clone()).await?;
+        self.submit(config.clone()).await?;
         let api = self.clone();
         tokio::spawn(async move {
             if let Err(e) = api.follow(&config, &mut |_| {}).await {
@@ -109,7 +119,7 @@ impl Api {
         Ok(())
     }
 
-    async fn create(&self, config: TemplateConfig) -> Result<(), ApiError> {
+    async fn submit(&self, config: TemplateConfig) -> Result<(), ApiError> {
         let id = config.build_id.clone();
         let request = TemplateCreateRequest { template: Some(config), ..Default::default() };
         if let Err(s) = self.nodes.templates().template_create(request).await {

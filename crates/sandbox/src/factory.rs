@@ -114,6 +114,11 @@ impl Factory {
         self.inner.want(build).await;
     }
 
+    /// Machines of this build that stand ready.
+    pub fn warm_count(&self, build: BuildId) -> usize {
+        self.inner.warm.count(build)
+    }
+
     /// Forgets a build that was deleted.
     pub async fn forget(&self, build: BuildId) {
         self.inner.templates.lock().await.remove(&build);

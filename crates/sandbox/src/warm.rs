@@ -80,6 +80,11 @@ impl WarmSet {
         s.wanted.iter().find(|b| s.machines.get(b).map_or(0, VecDeque::len) < target).copied()
     }
 
+    /// How many machines of a build stand ready.
+    pub fn count(&self, build: BuildId) -> usize {
+        self.state.lock().machines.get(&build).map_or(0, VecDeque::len)
+    }
+
     /// Adds a machine; it comes back when its build is not wanted any more.
     pub fn put(&self, build: BuildId, machine: Machine) -> Option<Machine> {
         let mut s = self.state.lock();

@@ -1,0 +1,6 @@
+//! The commands beside `serve` and `doctor`.
+
+pub mod env;
+pub mod key;
+pub mod sandbox;
+pub mod template;

@@ -1,0 +1,238 @@
+//! One configuration: defaults, then a file, then the environment.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, bail};
+use figment::Figment;
+use figment::providers::{Env, Format as _, Serialized, Toml};
+use nidus_telemetry::Format;
+use serde::{Deserialize, Serialize};
+
+/// Read when it is there and no other file is named.
+const DEFAULT_FILE: &str = "/etc/nidus/nidus.toml";
+
+/// E2B's names of variables, and ours. Ours win.
+const ALIASES: &[(&str, &str)] = &[
+    ("NODE_ID", "node_id"),
+    ("DOMAIN_NAME", "domain"),
+    ("ORCHESTRATOR_BASE_PATH", "data_dir"),
+    ("HOST_ENVD_PATH", "envd"),
+];
+
+/// Everything that can be set. Each field is `NIDUS_` and its name in capitals in the environment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address of the REST API.
+    pub api_addr: SocketAddr,
+    /// Address of the sandbox proxy.
+    pub proxy_addr: SocketAddr,
+    /// Address of the node's gRPC and HTTP.
+    pub node_addr: SocketAddr,
+    /// Everything that is kept.
+    pub data_dir: PathBuf,
+    /// Domain of sandboxes' host names, when there is one with a wildcard that leads to the proxy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// Id of this node; made at the first start when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<String>,
+    /// Labels of this node.
+    pub node_labels: Vec<String>,
+    /// QEMU's program.
+    pub qemu: PathBuf,
+    /// `auto`, `tcg` or `kvm`.
+    pub accel: Accel,
+    /// Program that runs in guests; found beside this one when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub envd: Option<PathBuf>,
+    /// First program of guests; found beside this one when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_init: Option<PathBuf>,
+    /// Name of the default template, built at the first start.
+    pub base_template: String,
+    /// What it is made of.
+    pub base_image: String,
+    /// Its virtual processors.
+    pub base_cpu: i32,
+    /// Its memory in MiB.
+    pub base_memory_mb: i32,
+    /// Root disk of new templates in MiB.
+    pub disk_mb: u32,
+    /// Machines kept ready for each template in use; 0 turns it off.
+    pub warm: usize,
+    /// Sandboxes at once.
+    pub max_sandboxes: usize,
+    /// Sandboxes that start at the same instant.
+    pub max_starting: usize,
+    /// Network slots kept ready.
+    pub slots: usize,
+    /// Base of the /16 with a host address for each slot.
+    pub host_range: Ipv4Addr,
+    /// Base of the /16 with an address pair for each slot.
+    pub pair_range: Ipv4Addr,
+    /// VMMs run as the user ids from here on.
+    pub uid_base: u32,
+    /// What is logged, as `info,nidus_proxy=debug`.
+    pub log: String,
+    /// `text` or `json`.
+    pub log_format: Format,
+}
+
+/// Which accelerator QEMU uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// KVM where it boots the guest's kernel, else software emulation.
+    Auto,
+    /// Software emulation.
+    Tcg,
+    /// KVM or nothing.
+    Kvm,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        Self {
+            api_addr: local(3000),
+            proxy_addr: local(5007),
+            node_addr: local(5008),
+            data_dir: PathBuf::from("/var/lib/nidus"),
+            domain: None,
+            node_id: None,
+            node_labels: Vec::new(),
+            qemu: PathBuf::from("qemu-system-x86_64"),
+            accel: Accel::Auto,
+            envd: None,
+            guest_init: None,
+            base_template: "base".into(),
+            base_image: "debian:bookworm".into(),
+            base_cpu: 1,
+            base_memory_mb: 512,
+            disk_mb: 2048,
+            warm: 4,
+            max_sandboxes: 100,
+            max_starting: 4,
+            slots: 4,
+            host_range: Ipv4Addr::new(10, 11, 0, 0),
+            pair_range: Ipv4Addr::new(10, 12, 0, 0),
+            uid_base: 1_879_000_000,
+            log: "info,sqlx=warn,h2=warn,hyper=warn".into(),
+            log_format: Format::Text,
+        }
+    }
+}
+
+impl Config {
+    /// Reads defaults, the file and the environment.
+    pub fn load(file: Option<&Path>) -> anyhow::Result<Self> {
+        let mut figment = Figment::from(Serialized::defaults(Self::default()));
+        match file {
+            Some(path) if !path.is_file() => bail!("The configuration file {} is not there", path.display()),
+            Some(path) => figment = figment.merge(Toml::file_exact(path)),
+            None => figment = figment.merge(Toml::file_exact(DEFAULT_FILE)),
+        }
+        for (name, field) in ALIASES {
+            if let Ok(value) = std::env::var(name) {
+                figment = figment.merge((*field, value));
+            }
+        }
+        for (name, field) in [("GRPC_PORT", "node_addr"), ("PROXY_PORT", "proxy_addr")] {
+            if let Ok(port) = std::env::var(name) {
+                let port: u16 = port.parse().map_err(|_| anyhow!("{name}={port} is not a port"))?;
+                figment = figment.merge((field, SocketAddr::from((Ipv4Addr::LOCALHOST, port)).to_string()));
+            }
+        }
+        if let Ok(labels) = std::env::var("NODE_LABELS") {
+            let labels: Vec<&str> = labels.split(',').filter(|l| !l.is_empty()).collect();
+            figment = figment.merge(("node_labels", labels));
+        }
+        // These are read elsewhere; Nidus's own tests and tools may add more of their own.
+        let known: Vec<String> = match serde_json::to_value(Self {
+            domain: Some(String::new()),
+            node_id: Some(String::new()),
+            envd: Some(PathBuf::new()),
+            guest_init: Some(PathBuf::new()),
+            ..Self::default()
+        }) {
+            Ok(serde_json::Value::Object(fields)) => fields.keys().cloned().collect(),
+            _ => Vec::new(),
+        };
+        let ours = Env::prefixed("NIDUS_").filter(move |k| known.iter().any(|n| k == n.as_str()));
+        // A number in a path or a name stays a text.
+        let config: Self = figment.merge(ours).extract().map_err(|e| explain(&e))?;
+        config.check()
+    }
+
+    fn check(self) -> anyhow::Result<Self> {
+        if !self.data_dir.is_absolute() {
+            bail!("data_dir '{}' is not an absolute path", self.data_dir.display());
+        }
+        if self.max_sandboxes == 0 || self.max_sandboxes > 4000 {
+            bail!("max_sandboxes {} is not between 1 and 4000", self.max_sandboxes);
+        }
+        Ok(self)
+    }
+
+    /// The program `name` of this release: named, beside this one, or installed.
+    pub fn program(&self, named: Option<&PathBuf>, name: &str) -> anyhow::Result<PathBuf> {
+        if let Some(path) = named {
+            return path.is_file().then(|| path.clone()).ok_or_else(|| anyhow!("{} is not there", path.display()));
+        }
+        let own = std::env::current_exe().context("Cannot find this program's own path")?;
+        let beside = own.parent().map(|d| d.join(name));
+        [beside, Some(PathBuf::from("/usr/lib/nidus").join(name))]
+            .into_iter()
+            .flatten()
+            .find(|p| p.is_file())
+            .ok_or_else(|| {
+                let variable = format!("NIDUS_{}", name.to_uppercase().replace('-', "_"));
+                anyhow!("{name} was not found beside {}. Run make build, or set {variable}", own.display())
+            })
+    }
+}
+
+fn explain(e: &figment::Error) -> anyhow::Error {
+    let field = e.path.join(".");
+    let source = e.metadata.as_ref().map(|m| m.name.to_string()).unwrap_or_default();
+    let source = if source.contains("environment") {
+        format!("environment variable NIDUS_{}", field.to_uppercase())
+    } else {
+        source
+    };
+    if field.is_empty() {
+        return anyhow!("The configuration cannot be read ({source}): {}", e.kind);
+    }
+    anyhow!("The configuration's {field} cannot be read ({source}): {}", e.kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_sets_what_it_names_and_errors_name_the_field() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nidus.toml");
+        std::fs::write(&path, "warm = 7\nlog_format = \"json\"\n").unwrap();
+        let c = Config::load(Some(&path)).unwrap();
+        assert_eq!((c.warm, c.log_format), (7, Format::Json));
+        assert_eq!(c.base_template, "base");
+        std::fs::write(&path, "api_addr = \"nonsense\"\n").unwrap();
+        let e = Config::load(Some(&path)).unwrap_err().to_string();
+        assert!(e.contains("api_addr"), "{e}");
+        std::fs::write(&path, "no_such_thing = 1\n").unwrap();
+        assert!(Config::load(Some(&path)).unwrap_err().to_string().contains("no_such_thing"));
+        assert!(Config::load(Some(&dir.path().join("x"))).unwrap_err().to_string().contains("is not there"));
+    }
+
+    #[test]
+    fn what_is_shown_can_be_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nidus.toml");
+        std::fs::write(&path, toml::to_string_pretty(&Config::default()).unwrap()).unwrap();
+        assert_eq!(Config::load(Some(&path)).unwrap(), Config::default());
+    }
+}

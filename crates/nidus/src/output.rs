@@ -1,0 +1,80 @@
+//! Tables for people, JSON for programs.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use comfy_table::{Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// How to print.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    /// JSON instead of tables.
+    pub json: bool,
+}
+
+impl Output {
+    /// One value as JSON.
+    pub fn value(&self, value: &impl Serialize) -> anyhow::Result<()> {
+        println!("{}", serde_json::to_string_pretty(value)?);
+        Ok(())
+    }
+
+    /// Rows under a head; the sentence when there are none.
+    pub fn table(&self, head: &[&str], rows: Vec<Vec<String>>, none: &str) {
+        if rows.is_empty() {
+            println!("{none}");
+            return;
+        }
+        let mut table = Table::new();
+        table.load_preset(presets::NOTHING).set_header(head.iter().map(|h| h.to_uppercase()));
+        for row in rows {
+            table.add_row(row);
+        }
+        // Columns begin at the edge, and lines end with their text.
+        for line in table.to_string().lines() {
+            println!("{}", line.strip_prefix(' ').unwrap_or(line).trim_end());
+        }
+    }
+
+    /// A line that turns while something takes its time; nothing on a pipe.
+    pub fn spinner(&self, text: &str) -> ProgressBar {
+        if self.json {
+            return ProgressBar::hidden();
+        }
+        let bar = ProgressBar::new_spinner().with_message(text.to_owned());
+        bar.set_style(ProgressStyle::default_spinner());
+        bar.enable_steady_tick(Duration::from_millis(120));
+        bar
+    }
+}
+
+/// `3m 5s ago`, `in 4m`.
+pub fn relative(time: DateTime<Utc>) -> String {
+    let seconds = (time - Utc::now()).num_seconds();
+    let text = duration(seconds.unsigned_abs());
+    if seconds < 0 { format!("{text} ago") } else { format!("in {text}") }
+}
+
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m {}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h {}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d {}h", seconds / 86_400, seconds % 86_400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_two_parts() {
+        assert_eq!(duration(5), "5s");
+        assert_eq!(duration(185), "3m 5s");
+        assert_eq!(duration(7_260), "2h 1m");
+        assert_eq!(duration(180_000), "2d 2h");
+    }
+}

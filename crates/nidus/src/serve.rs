@@ -1,0 +1,313 @@
+//! `nidus serve`: every part in its order, and back in reverse.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use nidus_api::{Api, ApiConfig, Nodes, Store, TemplateSpec};
+use nidus_network::{NetworkConfig, Pool};
+use nidus_orchestrator::{Node, NodeConfig};
+use nidus_proxy::{InProcessCatalog, ProxyConfig};
+use nidus_sandbox::{Factory, FactoryConfig};
+use nidus_storage::LocalStore;
+use nidus_telemetry::LogSink;
+use nidus_template::{BuildConfig, Builder};
+use nidus_vmm::Vmm;
+use nidus_vmm::cgroup::CgroupRoot;
+use nidus_vmm::qemu::Qemu;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::accel;
+use crate::client::database;
+use crate::config::Config;
+use crate::lock::{DataLock, RunDir, SLOTS_PER_DAEMON, SlotRange};
+
+/// Room that a template's build takes while it is made, in MiB.
+pub const BUILD_MIB: u64 = 2048;
+/// Less is a full disk: the database could not be written.
+const LEAST_MIB: u64 = 16;
+/// Longest wait for envd in a resumed guest.
+const ENVD_LIMIT: Duration = Duration::from_secs(60);
+/// Wait for the first warm machine before the API says that it is ready; it would work without.
+const WARM_LIMIT: Duration = Duration::from_secs(20);
+
+/// MiB that can be written below `dir`.
+pub fn free_mib(dir: &Path) -> anyhow::Result<u64> {
+    let s = nix::sys::statvfs::statvfs(dir).with_context(|| format!("Cannot look at the disk of {}", dir.display()))?;
+    Ok(s.blocks_available() * s.fragment_size() >> 20)
+}
+
+async fn bind(what: &str, variable: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            anyhow!("The {what}'s address {address} is already in use: end the program that has it, or set {variable}")
+        }
+        _ => anyhow!("The {what} cannot listen on {address}: {e}; set {variable}"),
+    })
+}
+
+/// Runs until a signal. An error is one sentence, and everything is released then too.
+pub async fn run(config: &Config) -> anyhow::Result<()> {
+    let began = Instant::now();
+    if !nix::unistd::geteuid().is_root() {
+        bail!("nidus serve needs root (network namespaces, taps, control groups): run it with sudo");
+    }
+    let stop = CancellationToken::new();
+    watch_signals(stop.clone())?;
+    let dir = &config.data_dir;
+    std::fs::create_dir_all(dir).with_context(|| format!("Cannot make the data directory {}", dir.display()))?;
+    let _lock = DataLock::take(dir)?;
+    let free = free_mib(dir)?;
+    if free < LEAST_MIB {
+        bail!("The disk of {} is full: {free} MiB are free, {LEAST_MIB} are the least", dir.display());
+    }
+    let api = bind("API", "NIDUS_API_ADDR", config.api_addr).await?;
+    let proxy = bind("proxy", "NIDUS_PROXY_ADDR", config.proxy_addr).await?;
+    let node = bind("node", "NIDUS_NODE_ADDR", config.node_addr).await?;
+    let parts = Parts::start(config, &stop).await?;
+    let served = parts.serve(config, [api, proxy, node], &stop, began).await;
+    tracing::info!("stopping");
+    let ended = Instant::now();
+    parts.release().await;
+    if served.is_ok() {
+        tracing::info!("stopped after {:.1} s, everything is released", ended.elapsed().as_secs_f64());
+    }
+    served
+}
+
+fn watch_signals(stop: CancellationToken) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        for first in [true, false] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if !first {
+                tracing::warn!("a second signal: not waiting any more; the next start removes what is left");
+                std::process::exit(130);
+            }
+            stop.cancel();
+        }
+    });
+    Ok(())
+}
+
+/// What the services are made of, in the order of their making.
+struct Parts {
+    _run: RunDir,
+    _range: SlotRange,
+    cgroups: CgroupRoot,
+    network: Arc<Pool>,
+    factory: Arc<Factory>,
+    node: Arc<Node>,
+    catalog: InProcessCatalog,
+}
+
+impl Parts {
+    async fn start(config: &Config, stop: &CancellationToken) -> anyhow::Result<Self> {
+        let dir = &config.data_dir;
+        let envd = config.program(config.envd.as_ref(), "envd")?;
+        let guest_init = config.program(config.guest_init.as_ref(), "guest-init")?;
+        // First of all, so that nothing has been done when it is missing.
+        nidus_vmm::qemu::probe::find(&config.qemu).await?;
+        let mut free = SlotRange::take_free()?;
+        let network_of = |range: &SlotRange| NetworkConfig {
+            table: range.name('_'),
+            first_index: range.first_index(),
+            max_slots: SLOTS_PER_DAEMON,
+            host_range: config.host_range,
+            pair_range: config.pair_range,
+            ..NetworkConfig::default()
+        };
+        // What nobody holds was left by a daemon that was killed: VMs first, then their networks.
+        for range in &free {
+            let groups = CgroupRoot::new(&range.name('-'))?;
+            let vms = groups.reclaim()?;
+            groups.remove();
+            let network = network_of(range);
+            let slots = tokio::task::spawn_blocking(move || nidus_network::reclaim(&network)).await??;
+            if vms + slots > 0 {
+                tracing::warn!(vms, slots, "removed what an earlier daemon left behind");
+            }
+        }
+        let range = free.remove(0);
+        drop(free);
+        let run = RunDir(dir.join("run"));
+        let store_dir = dir.join("storage");
+        let store = Arc::new(tokio::task::spawn_blocking(move || LocalStore::open(store_dir)).await??);
+        let staged = store.reclaim().await?;
+        let build = BuildConfig {
+            kernels: dir.join("kernels"),
+            work: dir.join("build"),
+            envd,
+            guest_init: guest_init.clone(),
+            uid_base: config.uid_base,
+        };
+        Builder::reclaim(&build)?;
+        if staged > 0 {
+            tracing::warn!(staged, "removed builds that were never finished");
+        }
+        let kernel = nidus_template::ensure_kernel(&build.kernels, stop, |l| tracing::info!("{l}")).await?;
+        let (accel, reason) =
+            accel::choose(config.accel, &config.qemu, &kernel, &guest_init, dir).await?;
+        tracing::info!("{reason}");
+        let cgroups = CgroupRoot::new(&range.name('-'))?;
+        let qemu = Qemu::new(&config.qemu, accel, cgroups.clone()).await?;
+        let vmm: Arc<dyn Vmm> = Arc::new(qemu);
+        let network = Arc::new(Pool::start(network_of(&range), config.slots).await?);
+        let overlays = run.0.join("overlays");
+        let factory = FactoryConfig { overlays, uid_base: config.uid_base, warm: config.warm, envd_limit: ENVD_LIMIT };
+        let factory = match Factory::start(factory, store.clone(), vmm.clone(), network.clone()) {
+            Ok(f) => Arc::new(f),
+            Err(e) => {
+                network.shutdown().await;
+                cgroups.remove();
+                return Err(e.into());
+            }
+        };
+        let builder = Arc::new(Builder::new(build, store, vmm, network.clone()));
+        let catalog = InProcessCatalog::new();
+        let node = NodeConfig {
+            node_id: node_id(config)?,
+            labels: config.node_labels.clone(),
+            max_sandboxes: config.max_sandboxes,
+            max_starting: config.max_starting,
+            start_limit: Duration::from_secs(60),
+            default_disk_mb: config.disk_mb,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            data_dir: dir.clone(),
+        };
+        let node = Node::new(node, factory.clone(), builder, catalog.clone(), Arc::new(LogSink));
+        Ok(Self { _run: run, _range: range, cgroups, network, factory, node, catalog })
+    }
+
+    /// Serves until `stop`, or until the base template cannot be had.
+    async fn serve(
+        &self,
+        config: &Config,
+        [api_listener, proxy_listener, node_listener]: [TcpListener; 3],
+        stop: &CancellationToken,
+        began: Instant,
+    ) -> anyhow::Result<()> {
+        let store = Store::open(&database(config)).await?;
+        let nodes = Nodes::connect_lazy(config.node_addr)?;
+        let domain = config.domain.clone();
+        let api = Api::new(ApiConfig { domain, ..ApiConfig::default() }, store.clone(), nodes);
+        // Each service its own stop, so that they end one after the other.
+        let (node_stop, api_stop, proxy_stop) =
+            (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let node = tokio::spawn(nidus_orchestrator::serve(node_listener, self.node.clone(), node_stop.clone()));
+        let api_task = tokio::spawn(nidus_api::serve(api_listener, api.clone(), api_stop.clone()));
+        let catalog = Arc::new(self.catalog.clone());
+        let proxy = nidus_proxy::serve(proxy_listener, ProxyConfig::default(), catalog, proxy_stop.clone());
+        let proxy = tokio::spawn(proxy);
+        tracing::info!("API on http://{}, proxy on http://{}, node on {}", config.api_addr, config.proxy_addr, config.node_addr);
+        let result = tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            r = self.make_ready(config, &api) => match r {
+                Ok(()) => {
+                    api.set_ready(true);
+                    tracing::info!("ready after {:.1} s: template {} can be used", began.elapsed().as_secs_f64(), config.base_template);
+                    stop.cancelled().await;
+                    Ok(())
+                }
+                Err(e) => Err(e),
+            },
+        };
+        api.set_ready(false);
+        // No new requests, then no sandboxes, then nobody to ask.
+        for (name, stop, task) in [("API", api_stop, api_task), ("proxy", proxy_stop, proxy)] {
+            stop.cancel();
+            ended(name, task.await);
+        }
+        self.node.shutdown().await;
+        node_stop.cancel();
+        ended("node", node.await);
+        store.close().await;
+        result
+    }
+
+    /// Sees to the base template and a machine of it.
+    async fn make_ready(&self, config: &Config, api: &Arc<Api>) -> anyhow::Result<()> {
+        let name = &config.base_template;
+        let spec = TemplateSpec {
+            from_image: config.base_image.clone(),
+            cpu_count: config.base_cpu,
+            memory_mb: config.base_memory_mb,
+            public: true,
+        };
+        if !api.has_template(name).await? {
+            let free = free_mib(&config.data_dir)?;
+            if free < BUILD_MIB {
+                bail!(
+                    "There is no space to build the template {name}: {free} MiB are free at {}, {BUILD_MIB} are needed",
+                    config.data_dir.display()
+                );
+            }
+            tracing::info!("building the template {name}: once, and for some minutes");
+        }
+        // The node logs each step.
+        let build = api.ensure_template(name, spec, |_| {}).await;
+        let build = build.map_err(|e| anyhow!("The template {name} cannot be built: {}", one_line(&e.message)))?;
+        let build = build.parse()?;
+        self.factory.prewarm(build).await;
+        if config.warm > 0 {
+            let end = Instant::now() + WARM_LIMIT;
+            while self.factory.warm_count(build) == 0 && Instant::now() < end {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything back, last first.
+    async fn release(self) {
+        let Self { _run, _range, cgroups, network, factory, node, catalog } = self;
+        drop((node, catalog));
+        factory.shutdown().await;
+        drop(factory);
+        network.shutdown().await;
+        cgroups.remove();
+    }
+}
+
+/// The last lines of a tool's output are what matters, and a sentence is wanted.
+fn one_line(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let mut line = lines.first().copied().unwrap_or_default().to_owned();
+    if let Some(last) = lines.last().filter(|_| lines.len() > 1) {
+        line.push(' ');
+        line.push_str(last);
+    }
+    line.chars().take(300).collect()
+}
+
+fn ended(name: &str, task: Result<std::io::Result<()>, tokio::task::JoinError>) {
+    match task {
+        Ok(Ok(())) => tracing::debug!("the {name} ended"),
+        Ok(Err(e)) => tracing::warn!("the {name} ended with an error: {e}"),
+        Err(e) => tracing::error!("the {name} did not end well: {e}"),
+    }
+}
+
+/// Kept over restarts, unless it is configured.
+fn node_id(config: &Config) -> anyhow::Result<String> {
+    if let Some(id) = &config.node_id {
+        return Ok(id.clone());
+    }
+    let path = config.data_dir.join("node-id");
+    if let Ok(id) = std::fs::read_to_string(&path)
+        && !id.trim().is_empty()
+    {
+        return Ok(id.trim().to_owned());
+    }
+    let id = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
+    std::fs::write(&path, &id).with_context(|| format!("Cannot write {}", path.display()))?;
+    Ok(id)
+}
