@@ -169,7 +169,11 @@ impl Api {
         }
     }
 
-    async fn record(&self, config: &TemplateConfig, end: TemplateBuildStatusResponse) -> Result<(), ApiError> {
+    async fn record(
+        &self,
+        config: &TemplateConfig,
+        end: TemplateBuildStatusResponse,
+    ) -> Result<(), ApiError> {
         let id = &config.build_id;
         if end.status == TemplateBuildState::Completed as i32 {
             let m = end.metadata.unwrap_or_default();

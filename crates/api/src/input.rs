@@ -38,7 +38,9 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let bad = |e: serde_json::Error| ApiError::bad(format!("The request's body cannot be read: {e}"));
     // An array would be taken for a struct's fields in their order.
     if bytes.trim_ascii_start().first() == Some(&b'[') {
-        return Err(ApiError::bad("The request's body cannot be read: a JSON object is expected, not an array"));
+        return Err(ApiError::bad(
+            "The request's body cannot be read: a JSON object is expected, not an array",
+        ));
     }
     serde_json::from_slice(bytes).map_err(bad)
 }

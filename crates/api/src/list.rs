@@ -186,7 +186,15 @@ mod tests {
         assert_eq!(ids("state=running&state=paused"), ["b", "a"]);
         assert!(ids("state=paused").is_empty());
         assert_eq!(ids("startedAfter=1970-01-01T00:00:01Z"), ["b"]);
-        for bad in ["limit=0", "limit=-1", "state=flying", "order=up", "startedAfter=x", "nextToken=x", "nextToken=1_%00"] {
+        for bad in [
+            "limit=0",
+            "limit=-1",
+            "state=flying",
+            "order=up",
+            "startedAfter=x",
+            "nextToken=x",
+            "nextToken=1_%00",
+        ] {
             assert_eq!(Query::parse(bad).unwrap_err().status, 400, "{bad}");
         }
     }

@@ -85,9 +85,7 @@ impl Api {
     /// A running sandbox of this team. Another team's is as unknown as none.
     async fn find(&self, team: &Team, id: &str) -> Result<RunningSandbox, ApiError> {
         let found = self.nodes.list().await?.into_iter().find(|s| list::id(s) == id);
-        found
-            .filter(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id))
-            .ok_or_else(|| not_found(id))
+        found.filter(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id)).ok_or_else(|| not_found(id))
     }
 
     fn answer(&self, s: &RunningSandbox) -> Sandbox {
@@ -111,7 +109,9 @@ impl Api {
             return Err(ApiError::bad(format!("The timeout of {seconds} s is negative")));
         }
         if seconds > max {
-            return Err(ApiError::bad(format!("The timeout of {seconds} s is longer than the longest, {max} s")));
+            return Err(ApiError::bad(format!(
+                "The timeout of {seconds} s is longer than the longest, {max} s"
+            )));
         }
         Ok(TimeDelta::seconds(seconds))
     }
@@ -145,7 +145,9 @@ impl Api {
             let map = map.iter().flatten();
             let (count, size) = map.fold((0, 0), |(n, l), (k, v)| (n + 1, l + k.len() + v.len()));
             if count > MAX_ENTRIES || size > MAX_TEXT {
-                return Err(ApiError::bad(format!("{what} has more than {MAX_ENTRIES} entries or {MAX_TEXT} bytes")));
+                return Err(ApiError::bad(format!(
+                    "{what} has more than {MAX_ENTRIES} entries or {MAX_TEXT} bytes"
+                )));
             }
         }
         let (template, build) = self.usable(&team.id, &new.template_id).await?;
@@ -184,7 +186,8 @@ impl Api {
             // The sandbox runs; a statistic is no reason to fail it.
             tracing::warn!("{e}");
         }
-        let running = RunningSandbox { config: Some(config), client_id: made.client_id, ..Default::default() };
+        let running =
+            RunningSandbox { config: Some(config), client_id: made.client_id, ..Default::default() };
         Ok(self.answer(&running))
     }
 
@@ -221,13 +224,19 @@ fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
 fn network(network: Option<Network>) -> Result<Option<SandboxNetworkConfig>, ApiError> {
     let Some(n) = network else { return Ok(None) };
     let some = |v: &Option<Vec<String>>| v.clone().unwrap_or_default();
-    if n.egress_proxy.as_ref().is_some_and(|p| !p.is_null()) || n.rules.as_ref().is_some_and(|r| !r.is_empty()) {
+    if n.egress_proxy.as_ref().is_some_and(|p| !p.is_null())
+        || n.rules.as_ref().is_some_and(|r| !r.is_empty())
+    {
         return Err(ApiError::not_yet("network.egressProxy or network.rules"));
     }
     let is_address = |t: &String| t.bytes().next().is_some_and(|b| b.is_ascii_digit()) || t.contains(':');
     let (allowed_cidrs, allowed_domains) = some(&n.allow_out).into_iter().partition(is_address);
-    let egress =
-        SandboxNetworkEgressConfig { allowed_cidrs, allowed_domains, denied_cidrs: some(&n.deny_out), ..Default::default() };
+    let egress = SandboxNetworkEgressConfig {
+        allowed_cidrs,
+        allowed_domains,
+        denied_cidrs: some(&n.deny_out),
+        ..Default::default()
+    };
     let ingress = SandboxNetworkIngressConfig {
         traffic_access_token: if n.allow_public_traffic == Some(false) { Some(secret()?) } else { None },
         mask_request_host: n.mask_request_host.filter(|m| !m.is_empty()),
@@ -296,7 +305,11 @@ pub async fn list_v1(
     Ok(Json(all))
 }
 
-pub async fn list_v2(State(api): Shared, team: Team, RawQuery(query): RawQuery) -> Result<Response, ApiError> {
+pub async fn list_v2(
+    State(api): Shared,
+    team: Team,
+    RawQuery(query): RawQuery,
+) -> Result<Response, ApiError> {
     let query = Query::parse(query.as_deref().unwrap_or_default())?;
     let (page, next) = query.page(of_team(&api, &team).await?);
     let mut response = Json(page.iter().map(listed).collect::<Vec<_>>()).into_response();
@@ -325,7 +338,8 @@ pub async fn detail(
 
 pub async fn kill(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     api.find(&team, &id).await?;
-    let request = SandboxDeleteRequest { sandbox_id: id.clone(), kill_reason: Some("killed by request".into()) };
+    let request =
+        SandboxDeleteRequest { sandbox_id: id.clone(), kill_reason: Some("killed by request".into()) };
     match api.nodes.sandboxes().delete(request).await {
         Ok(_) => Ok(StatusCode::NO_CONTENT),
         Err(s) if s.code() == tonic::Code::NotFound => Err(not_found(&id)),
@@ -393,7 +407,8 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
         let new = |text: &str| serde_json::from_str::<NewSandbox>(text).unwrap();
-        let plain = r#"{"templateID":"base","autoPause":false,"mcp":null,"autoResume":{"enabled":false},"x":1}"#;
+        let plain =
+            r#"{"templateID":"base","autoPause":false,"mcp":null,"autoResume":{"enabled":false},"x":1}"#;
         assert!(refuse_unsupported(&new(plain)).is_ok());
         let e = refuse_unsupported(&new(r#"{"templateID":"base","autoPause":true}"#)).unwrap_err();
         assert!(e.status == 501 && e.message.contains("autoPause"));
@@ -401,7 +416,8 @@ mod tests {
 
     #[test]
     fn masks_must_be_host_names() {
-        let mask = |m: &str| network(Some(Network { mask_request_host: Some(m.into()), ..Default::default() }));
+        let mask =
+            |m: &str| network(Some(Network { mask_request_host: Some(m.into()), ..Default::default() }));
         assert!(mask("localhost:${PORT}").is_ok());
         assert_eq!(mask("http://x/").unwrap_err().status, 400);
     }

@@ -103,7 +103,11 @@ pub async fn detail(State(api): Shared, team: Team, Path(id): Path<String>) -> R
     Ok(Json(answer))
 }
 
-pub async fn alias(State(api): Shared, team: Team, Path(alias): Path<String>) -> Result<Json<Value>, ApiError> {
+pub async fn alias(
+    State(api): Shared,
+    team: Team,
+    Path(alias): Path<String>,
+) -> Result<Json<Value>, ApiError> {
     let t = api.seen(&team, &alias).await?;
     Ok(Json(json!({ "templateID": t.id, "public": t.public })))
 }
@@ -230,7 +234,9 @@ fn status_request(b: &BuildRow, q: &LogQuery) -> Result<TemplateStatusRequest, A
     let backward = match q.direction.as_deref() {
         None | Some("forward") => LogsDirection::Forward,
         Some("backward") => LogsDirection::Backward,
-        Some(d) => return Err(ApiError::bad(format!("direction '{}' is not forward or backward", d.escape_debug()))),
+        Some(d) => {
+            return Err(ApiError::bad(format!("direction '{}' is not forward or backward", d.escape_debug())));
+        }
     };
     let start = q.cursor.map(|ms| prost_types::Timestamp {
         seconds: ms.div_euclid(1000),

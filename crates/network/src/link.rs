@@ -51,7 +51,13 @@ async fn up(handle: &Handle, index: u32, name: &str) -> Result<(), NetworkError>
     handle.link().set(message).execute().await.map_err(fail(format!("bring up {name}")))
 }
 
-async fn address(handle: &Handle, index: u32, ip: Ipv4Addr, prefix: u8, name: &str) -> Result<(), NetworkError> {
+async fn address(
+    handle: &Handle,
+    index: u32,
+    ip: Ipv4Addr,
+    prefix: u8,
+    name: &str,
+) -> Result<(), NetworkError> {
     handle
         .address()
         .add(index, IpAddr::V4(ip), prefix)
@@ -60,7 +66,13 @@ async fn address(handle: &Handle, index: u32, ip: Ipv4Addr, prefix: u8, name: &s
         .map_err(fail(format!("give {name} the address {ip}/{prefix}")))
 }
 
-async fn route(handle: &Handle, to: Ipv4Addr, prefix: u8, via: Ipv4Addr, out: u32) -> Result<(), NetworkError> {
+async fn route(
+    handle: &Handle,
+    to: Ipv4Addr,
+    prefix: u8,
+    via: Ipv4Addr,
+    out: u32,
+) -> Result<(), NetworkError> {
     let message = RouteMessageBuilder::<Ipv4Addr>::new()
         .destination_prefix(to, prefix)
         .gateway(via)

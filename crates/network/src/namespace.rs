@@ -108,7 +108,10 @@ impl Namespace {
 
     /// Runs `work` on a thread of its own inside the namespace; no thread of a runtime is ever
     /// left in the wrong one.
-    pub fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, NetworkError> {
+    pub fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, NetworkError> {
         let file = self.file.clone();
         let thread = std::thread::Builder::new()
             .name("netns".into())

@@ -65,12 +65,8 @@ impl Pool {
             std::fs::write(path, "1").map_err(|e| NetworkError::io(format!("turn on {path}"), e))
         })
         .await?;
-        let state = State {
-            slots: VecDeque::new(),
-            free: config.indices().collect(),
-            waiting: 0,
-            last_error: None,
-        };
+        let state =
+            State { slots: VecDeque::new(), free: config.indices().collect(), waiting: 0, last_error: None };
         let inner = Arc::new(Inner {
             config,
             target,

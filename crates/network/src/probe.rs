@@ -32,6 +32,10 @@ pub fn probe() -> Vec<Check> {
     });
     let (tap, nft) = parts.unwrap_or_else(|e| (Some(e.to_string()), Some(e.to_string())));
     checks.push(Check { name: "tap devices", error: tap, fix: "modprobe tun; /dev/net/tun must be there" });
-    checks.push(Check { name: "nftables", error: nft, fix: "apt-get install nftables; modprobe nf_tables nft_nat" });
+    checks.push(Check {
+        name: "nftables",
+        error: nft,
+        fix: "apt-get install nftables; modprobe nf_tables nft_nat",
+    });
     checks
 }

@@ -7,9 +7,11 @@ use crate::NetworkError;
 
 /// Makes the tap `name` in the calling thread's namespace. It lives as long as the file.
 pub fn create(name: &str) -> Result<OwnedFd, NetworkError> {
-    let file = File::options().read(true).write(true).open("/dev/net/tun").map_err(|e| {
-        NetworkError::io("open /dev/net/tun (is the tun module there? modprobe tun)", e)
-    })?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .map_err(|e| NetworkError::io("open /dev/net/tun (is the tun module there? modprobe tun)", e))?;
     // SAFETY: an all-zero ifreq is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(15)) {

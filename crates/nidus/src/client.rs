@@ -36,7 +36,8 @@ impl Client {
     /// From the SDKs' variables, else for the daemon of this configuration. Then the key is the
     /// command line's own, made at its first use.
     pub async fn new(config: &Config) -> anyhow::Result<Self> {
-        let api = variable(["NIDUS_API_URL", "E2B_API_URL"]).unwrap_or_else(|| format!("http://{}", config.api_addr));
+        let api = variable(["NIDUS_API_URL", "E2B_API_URL"])
+            .unwrap_or_else(|| format!("http://{}", config.api_addr));
         let proxy = || format!("http://{}", config.proxy_addr);
         let sandbox_url = variable(["NIDUS_SANDBOX_URL", "E2B_SANDBOX_URL"]).unwrap_or_else(proxy);
         let key = match variable(["NIDUS_API_KEY", "E2B_API_KEY"]) {
@@ -72,7 +73,8 @@ impl Client {
             .await
             .map_err(|e| anyhow!("The answer of {url} broke off: {e}"))?
             .to_bytes();
-        let value: Value = if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or_default() };
+        let value: Value =
+            if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).unwrap_or_default() };
         if status.is_success() {
             return Ok(value);
         }

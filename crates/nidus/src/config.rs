@@ -179,7 +179,10 @@ impl Config {
     /// The program `name` of this release: named, beside this one, or installed.
     pub fn program(&self, named: Option<&PathBuf>, name: &str) -> anyhow::Result<PathBuf> {
         if let Some(path) = named {
-            return path.is_file().then(|| path.clone()).ok_or_else(|| anyhow!("{} is not there", path.display()));
+            return path
+                .is_file()
+                .then(|| path.clone())
+                .ok_or_else(|| anyhow!("{} is not there", path.display()));
         }
         let own = std::env::current_exe().context("Cannot find this program's own path")?;
         let beside = own.parent().map(|d| d.join(name));

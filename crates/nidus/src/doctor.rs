@@ -26,7 +26,13 @@ impl Finding {
     fn of(name: &str, result: Result<String, String>, fix: &str) -> Self {
         let ok = result.is_ok();
         let detail = result.unwrap_or_else(|e| e);
-        Self { name: name.into(), ok, optional: false, detail, fix: (!ok && !fix.is_empty()).then(|| fix.into()) }
+        Self {
+            name: name.into(),
+            ok,
+            optional: false,
+            detail,
+            fix: (!ok && !fix.is_empty()).then(|| fix.into()),
+        }
     }
 
     fn optional(self) -> Self {
@@ -56,7 +62,13 @@ pub async fn run(config: &Config, out: Output) -> anyhow::Result<ExitCode> {
         let fix = "enable the memory and cpu controllers of cgroup v2, or mount those of v1";
         all.push(Finding::of("control groups", cgroups.map_err(|e| e.to_string()), fix));
     }
-    for (program, package) in [("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs"), ("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("xz", "xz-utils")] {
+    for (program, package) in [
+        ("mmdebstrap", "mmdebstrap"),
+        ("mke2fs", "e2fsprogs"),
+        ("apt-get", "apt"),
+        ("dpkg-deb", "dpkg"),
+        ("xz", "xz-utils"),
+    ] {
         let found = in_path(program).ok_or_else(|| "not found".to_owned());
         let fix = format!("apt-get install {package}");
         all.push(Finding::of(&format!("{program} (builds templates)"), found, &fix).optional());
@@ -66,7 +78,9 @@ pub async fn run(config: &Config, out: Output) -> anyhow::Result<ExitCode> {
         all.push(Finding::of(name, found, "make build"));
     }
     all.push(space(&config.data_dir));
-    for (what, address) in [("API", config.api_addr), ("proxy", config.proxy_addr), ("node", config.node_addr)] {
+    for (what, address) in
+        [("API", config.api_addr), ("proxy", config.proxy_addr), ("node", config.node_addr)]
+    {
         let free = std::net::TcpListener::bind(address).map(|_| "free".to_owned());
         let free = free.map_err(|e| format!("{e} (a running nidus, or another program)"));
         let fix = format!("end what uses it, or set NIDUS_{}_ADDR", what.to_uppercase());
@@ -79,13 +93,22 @@ pub async fn run(config: &Config, out: Output) -> anyhow::Result<ExitCode> {
         let rows = all
             .iter()
             .map(|f| {
-                let mark = if f.ok { "ok" } else if f.optional { "note" } else { "FAIL" };
+                let mark = if f.ok {
+                    "ok"
+                } else if f.optional {
+                    "note"
+                } else {
+                    "FAIL"
+                };
                 let fix = f.fix.as_ref().map(|x| format!(" -> {x}")).unwrap_or_default();
                 vec![mark.to_owned(), f.name.clone(), format!("{}{fix}", f.detail)]
             })
             .collect();
         out.table(&["", "what", "found"], rows, "");
-        println!("\n{}", if good { "Sandboxes can run here." } else { "Sandboxes cannot run here yet: see FAIL." });
+        println!(
+            "\n{}",
+            if good { "Sandboxes can run here." } else { "Sandboxes cannot run here yet: see FAIL." }
+        );
     }
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -96,7 +119,8 @@ async fn accelerator(config: &Config) -> Finding {
     let kernels = Kernel::list(&config.data_dir.join("kernels"));
     let result = match (kernels.last(), config.program(config.guest_init.as_ref(), "guest-init")) {
         (Some(kernel), Ok(init)) => {
-            let chosen = crate::accel::choose(config.accel, &config.qemu, kernel, &init, &config.data_dir).await;
+            let chosen =
+                crate::accel::choose(config.accel, &config.qemu, kernel, &init, &config.data_dir).await;
             match chosen {
                 Ok((nidus_vmm::qemu::Accel::Kvm, reason)) => Ok(reason),
                 Ok((_, reason)) => Err(reason),
@@ -110,7 +134,10 @@ async fn accelerator(config: &Config) -> Finding {
 
 fn in_path(program: &str) -> Option<String> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|d| d.join(program)).find(|p| p.is_file()).map(|p| p.display().to_string())
+    std::env::split_paths(&path)
+        .map(|d| d.join(program))
+        .find(|p| p.is_file())
+        .map(|p| p.display().to_string())
 }
 
 fn space(dir: &Path) -> Finding {

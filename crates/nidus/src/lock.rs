@@ -1,12 +1,11 @@
 //! One daemon to a data directory, and one to a range of network slots.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
-use fs4::fs_std::FileExt;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 
 /// Slots of one daemon.
@@ -31,11 +30,16 @@ impl DataLock {
             .write(true)
             .open(&path)
             .with_context(|| format!("Cannot open the lock file {}", path.display()))?;
-        let taken = FileExt::try_lock_exclusive(&file).with_context(|| format!("Cannot lock {}", path.display()))?;
-        if !taken {
-            let mut pid = String::new();
-            let _ = file.read_to_string(&mut pid);
-            bail!("{} is already served by another nidus (process {})", data_dir.display(), pid.trim());
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                let _ = file.read_to_string(&mut pid);
+                bail!("{} is already served by another nidus (process {})", data_dir.display(), pid.trim());
+            }
+            Err(TryLockError::Error(e)) => {
+                return Err(e).with_context(|| format!("Cannot lock {}", path.display()));
+            }
         }
         let write = file
             .set_len(0)
@@ -80,7 +84,9 @@ impl SlotRange {
             }
         }
         if free.is_empty() {
-            bail!("{RANGES} other nidus daemons run on this host, as many as there are ranges of network slots");
+            bail!(
+                "{RANGES} other nidus daemons run on this host, as many as there are ranges of network slots"
+            );
         }
         Ok(free)
     }
@@ -94,7 +100,8 @@ impl Drop for RunDir {
     fn drop(&mut self) {
         for entry in std::fs::read_dir(&self.0).into_iter().flatten().flatten() {
             let path = entry.path();
-            let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            let gone =
+                if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
             if let Err(e) = gone {
                 tracing::warn!("{} could not be removed: {e}", path.display());
             }

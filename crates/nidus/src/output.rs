@@ -28,7 +28,7 @@ impl Output {
             return;
         }
         let mut table = Table::new();
-        table.load_preset(presets::NOTHING).set_header(head.iter().map(|h| h.to_uppercase()));
+        table.load_style(presets::NOTHING).set_header(head.iter().map(|h| h.to_uppercase()));
         for row in rows {
             table.add_row(row);
         }

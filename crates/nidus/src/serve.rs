@@ -37,8 +37,9 @@ const WARM_LIMIT: Duration = Duration::from_secs(20);
 
 /// MiB that can be written below `dir`.
 pub fn free_mib(dir: &Path) -> anyhow::Result<u64> {
-    let s = nix::sys::statvfs::statvfs(dir).with_context(|| format!("Cannot look at the disk of {}", dir.display()))?;
-    Ok(s.blocks_available() * s.fragment_size() >> 20)
+    let s = nix::sys::statvfs::statvfs(dir)
+        .with_context(|| format!("Cannot look at the disk of {}", dir.display()))?;
+    Ok((s.blocks_available() * s.fragment_size()) >> 20)
 }
 
 async fn bind(what: &str, variable: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -59,7 +60,8 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     watch_signals(stop.clone())?;
     let dir = &config.data_dir;
-    std::fs::create_dir_all(dir).with_context(|| format!("Cannot make the data directory {}", dir.display()))?;
+    std::fs::create_dir_all(dir)
+        .with_context(|| format!("Cannot make the data directory {}", dir.display()))?;
     let _lock = DataLock::take(dir)?;
     let free = free_mib(dir)?;
     if free < LEAST_MIB {
@@ -154,15 +156,15 @@ impl Parts {
             tracing::warn!(staged, "removed builds that were never finished");
         }
         let kernel = nidus_template::ensure_kernel(&build.kernels, stop, |l| tracing::info!("{l}")).await?;
-        let (accel, reason) =
-            accel::choose(config.accel, &config.qemu, &kernel, &guest_init, dir).await?;
+        let (accel, reason) = accel::choose(config.accel, &config.qemu, &kernel, &guest_init, dir).await?;
         tracing::info!("{reason}");
         let cgroups = CgroupRoot::new(&range.name('-'))?;
         let qemu = Qemu::new(&config.qemu, accel, cgroups.clone()).await?;
         let vmm: Arc<dyn Vmm> = Arc::new(qemu);
         let network = Arc::new(Pool::start(network_of(&range), config.slots).await?);
         let overlays = run.0.join("overlays");
-        let factory = FactoryConfig { overlays, uid_base: config.uid_base, warm: config.warm, envd_limit: ENVD_LIMIT };
+        let factory =
+            FactoryConfig { overlays, uid_base: config.uid_base, warm: config.warm, envd_limit: ENVD_LIMIT };
         let factory = match Factory::start(factory, store.clone(), vmm.clone(), network.clone()) {
             Ok(f) => Arc::new(f),
             Err(e) => {
@@ -202,12 +204,18 @@ impl Parts {
         // Each service its own stop, so that they end one after the other.
         let (node_stop, api_stop, proxy_stop) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
-        let node = tokio::spawn(nidus_orchestrator::serve(node_listener, self.node.clone(), node_stop.clone()));
+        let node =
+            tokio::spawn(nidus_orchestrator::serve(node_listener, self.node.clone(), node_stop.clone()));
         let api_task = tokio::spawn(nidus_api::serve(api_listener, api.clone(), api_stop.clone()));
         let catalog = Arc::new(self.catalog.clone());
         let proxy = nidus_proxy::serve(proxy_listener, ProxyConfig::default(), catalog, proxy_stop.clone());
         let proxy = tokio::spawn(proxy);
-        tracing::info!("API on http://{}, proxy on http://{}, node on {}", config.api_addr, config.proxy_addr, config.node_addr);
+        tracing::info!(
+            "API on http://{}, proxy on http://{}, node on {}",
+            config.api_addr,
+            config.proxy_addr,
+            config.node_addr
+        );
         let result = tokio::select! {
             () = stop.cancelled() => Ok(()),
             r = self.make_ready(config, &api) => match r {
@@ -254,7 +262,8 @@ impl Parts {
         }
         // The node logs each step.
         let build = api.ensure_template(name, spec, |_| {}).await;
-        let build = build.map_err(|e| anyhow!("The template {name} cannot be built: {}", one_line(&e.message)))?;
+        let build =
+            build.map_err(|e| anyhow!("The template {name} cannot be built: {}", one_line(&e.message)))?;
         let build = build.parse()?;
         self.factory.prewarm(build).await;
         if config.warm > 0 {

@@ -148,7 +148,11 @@ impl Factory {
 }
 
 impl Inner {
-    async fn create(self: Arc<Self>, spec: SandboxSpec, cancel: CancellationToken) -> Result<Sandbox, CreateError> {
+    async fn create(
+        self: Arc<Self>,
+        spec: SandboxSpec,
+        cancel: CancellationToken,
+    ) -> Result<Sandbox, CreateError> {
         if self.stop.is_cancelled() {
             return Err(CreateError::ShuttingDown);
         }
@@ -241,7 +245,9 @@ async fn refill(inner: Arc<Inner>) {
                 pause = Duration::ZERO;
                 inner.destroy_all(inner.warm.put(build, m).into_iter().collect()).await;
             }
-            Err(CreateError::TemplateNotFound(_) | CreateError::Template(_) | CreateError::Damaged { .. }) => {
+            Err(
+                CreateError::TemplateNotFound(_) | CreateError::Template(_) | CreateError::Damaged { .. },
+            ) => {
                 tracing::warn!(%build, "this build cannot be kept warm");
                 inner.destroy_all(inner.warm.forget(build)).await;
             }

@@ -11,8 +11,8 @@ use nidus_network::{NetworkSlot, Pool};
 use nidus_vmm::{Boot, Limits, Memory, Vm, VmConfig, Vmm};
 use tokio_util::sync::CancellationToken;
 
-use crate::{BuildError, DiskServer};
 use crate::build::{Level, Log, envd_addr};
+use crate::{BuildError, DiskServer};
 
 /// What to boot and where to save it.
 pub struct ColdBoot {
@@ -164,7 +164,9 @@ async fn warm_up(
         };
         let reason = match done {
             Ok(Ok(out)) if out.exit_code == 0 => continue,
-            Ok(Ok(out)) => format!("'{command}' exited {}: {}", out.exit_code, String::from_utf8_lossy(&out.stderr)),
+            Ok(Ok(out)) => {
+                format!("'{command}' exited {}: {}", out.exit_code, String::from_utf8_lossy(&out.stderr))
+            }
             Ok(Err(e)) => format!("'{command}': {e}"),
             Err(_) => format!("'{command}' took more than 120 s"),
         };

@@ -132,7 +132,9 @@ pub enum BuildError {
         output: String,
     },
     /// No kernel and no way to get one.
-    #[error("There is no guest kernel: Debian's package {package} cannot be had here. Run apt-get update, or put vmlinuz and modules/*.ko into {dir}/VERSION/")]
+    #[error(
+        "There is no guest kernel: Debian's package {package} cannot be had here. Run apt-get update, or put vmlinuz and modules/*.ko into {dir}/VERSION/"
+    )]
     NoKernel {
         /// Package tried.
         package: &'static str,
@@ -250,8 +252,7 @@ impl Builder {
     ) -> Result<TemplateMetadata, BuildError> {
         let staged = self.store.stage(request.build_id).await?;
         log.info("kernel", "looking for a guest kernel");
-        let kernel =
-            crate::kernel::ensure(&self.config.kernels, cancel, |l| log.info("kernel", l)).await?;
+        let kernel = crate::kernel::ensure(&self.config.kernels, cancel, |l| log.info("kernel", l)).await?;
         log.info("kernel", format!("kernel {}", kernel.version));
         let initrd = work.join("initrd");
         kernel.write_initramfs(&self.config.guest_init, &initrd)?;
@@ -261,8 +262,9 @@ impl Builder {
             boot: nidus_vmm::Boot {
                 kernel: kernel.image(),
                 initrd,
-                cmdline: "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on"
-                    .into(),
+                cmdline:
+                    "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on"
+                        .into(),
             },
             vcpus: request.vcpu,
             memory_mb: request.memory_mb,

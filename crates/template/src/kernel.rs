@@ -46,11 +46,10 @@ async fn fetch(
     cancel: &CancellationToken,
     mut line: impl FnMut(&str),
 ) -> Result<Kernel, BuildError> {
-    let depends = Command::new("apt-cache")
-        .args(["depends", "--important", META_PACKAGE])
-        .output()
-        .await
-        .map_err(|source| BuildError::Io { action: "ask apt-cache for the kernel package".into(), source })?;
+    let depends =
+        Command::new("apt-cache").args(["depends", "--important", META_PACKAGE]).output().await.map_err(
+            |source| BuildError::Io { action: "ask apt-cache for the kernel package".into(), source },
+        )?;
     let text = String::from_utf8_lossy(&depends.stdout);
     let package = text
         .lines()

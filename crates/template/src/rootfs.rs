@@ -37,7 +37,10 @@ pub async fn debian(
         .arg(format!("--include={PACKAGES}"))
         // Documentation is most of the files of a small system, and nobody reads it there.
         .args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"])
-        .args(["--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright"])
+        .args([
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+        ])
         .arg(suite)
         .arg(root);
     run(command, "mmdebstrap", cancel, line).await

@@ -40,8 +40,8 @@ impl CgroupRoot {
     /// # Errors
     /// When neither v2 with `memory` and `cpu` nor v1's two mounts can be written.
     pub fn new(name: &str) -> Result<Self> {
-        let mounts = fs::read_to_string("/proc/self/mounts")
-            .map_err(|e| VmmError::io("read /proc/self/mounts", e))?;
+        let mounts =
+            fs::read_to_string("/proc/self/mounts").map_err(|e| VmmError::io("read /proc/self/mounts", e))?;
         let mut v1 = Vec::new();
         for line in mounts.lines() {
             let f: Vec<&str> = line.split(' ').collect();

@@ -176,10 +176,8 @@ fn fork(spawn: Spawn) -> io::Result<Child> {
     let keep_raw: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     let netns_raw = netns.as_raw_fd();
     // Opened here: the child must not allocate between fork and exec.
-    let procs = cgroup_procs
-        .iter()
-        .map(|p| File::options().write(true).open(p))
-        .collect::<io::Result<Vec<_>>>()?;
+    let procs =
+        cgroup_procs.iter().map(|p| File::options().write(true).open(p)).collect::<io::Result<Vec<_>>>()?;
     let procs_raw: Vec<RawFd> = procs.iter().map(AsRawFd::as_raw_fd).collect();
     let daemon = std::process::id() as i32;
     let mut command = Command::new(program);
@@ -230,9 +228,8 @@ pub fn socket_pair() -> Result<(std::os::unix::net::UnixStream, OwnedFd)> {
         return Err(VmmError::io("make a socket pair", io::Error::last_os_error()));
     }
     // SAFETY: both numbers are open sockets that nothing else owns.
-    let (a, b) = unsafe {
-        (std::os::unix::net::UnixStream::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]))
-    };
+    let (a, b) =
+        unsafe { (std::os::unix::net::UnixStream::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) };
     a.set_nonblocking(true).map_err(|e| VmmError::io("make a socket non-blocking", e))?;
     Ok((a, b))
 }

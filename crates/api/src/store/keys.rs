@@ -48,26 +48,29 @@ impl Store {
         getrandom::fill(&mut bytes).map_err(|e| StoreError::Random(e.to_string()))?;
         let digits: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         let new = NewKey { id: Uuid::new_v4(), key: format!("{PREFIX}{digits}") };
-        sqlx::query("INSERT INTO api_keys (id, team_id, name, hash, mask, created_at) VALUES (?, ?, ?, ?, ?, ?)")
-            .bind(new.id.to_string())
-            .bind(self.default_team().await?)
-            .bind(name)
-            .bind(hash(&new.key))
-            .bind(format!("{PREFIX}{}...{}", &digits[..4], &digits[36..]))
-            .bind(now())
-            .execute(&self.pool)
-            .await
-            .map_err(sql("add a key"))?;
+        sqlx::query(
+            "INSERT INTO api_keys (id, team_id, name, hash, mask, created_at) VALUES (?, ?, ?, ?, ?, ?)",
+        )
+        .bind(new.id.to_string())
+        .bind(self.default_team().await?)
+        .bind(name)
+        .bind(hash(&new.key))
+        .bind(format!("{PREFIX}{}...{}", &digits[..4], &digits[36..]))
+        .bind(now())
+        .execute(&self.pool)
+        .await
+        .map_err(sql("add a key"))?;
         Ok(new)
     }
 
     /// All keys, oldest first.
     pub async fn list_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
         let wrap = sql("list the keys");
-        let rows = sqlx::query("SELECT id, name, mask, created_at, last_used FROM api_keys ORDER BY created_at, id")
-            .fetch_all(&self.pool)
-            .await
-            .map_err(&wrap)?;
+        let rows =
+            sqlx::query("SELECT id, name, mask, created_at, last_used FROM api_keys ORDER BY created_at, id")
+                .fetch_all(&self.pool)
+                .await
+                .map_err(&wrap)?;
         rows.iter()
             .map(|r| {
                 Ok(ApiKey {

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
 
 pub use keys::{ApiKey, NewKey};
 pub use templates::{BuildRow, BuildStatus, TemplateRow};
@@ -113,7 +115,8 @@ impl Store {
         let wrap = sql("make its tables");
         // One writer at a time: a second process waits here and then finds the tables.
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
-        let found: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await.map_err(&wrap)?;
+        let found: i64 =
+            sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await.map_err(&wrap)?;
         if found == 0 {
             sqlx::raw_sql(include_str!("schema.sql")).execute(&mut *tx).await.map_err(&wrap)?;
             sqlx::query("INSERT INTO teams (id, name, created_at) VALUES (?, 'default', ?)")

@@ -118,7 +118,12 @@ macro_rules! template_query {
 
 impl Store {
     /// Adds a template, or finds the one of this name. The name's team must be the same.
-    pub(crate) async fn put_template(&self, team: &str, name: &str, public: bool) -> Result<TemplateRow, StoreError> {
+    pub(crate) async fn put_template(
+        &self,
+        team: &str,
+        name: &str,
+        public: bool,
+    ) -> Result<TemplateRow, StoreError> {
         let wrap = sql("add a template");
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
         let known: Option<String> = sqlx::query_scalar("SELECT template_id FROM aliases WHERE alias = ?")
@@ -148,7 +153,11 @@ impl Store {
                 id
             }
         };
-        let row = sqlx::query(template_query!("WHERE t.id = ?")).bind(&id).fetch_one(&mut *tx).await.map_err(&wrap)?;
+        let row = sqlx::query(template_query!("WHERE t.id = ?"))
+            .bind(&id)
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(&wrap)?;
         let found = template(&row).map_err(&wrap)?;
         tx.commit().await.map_err(&wrap)?;
         Ok(found)
@@ -170,11 +179,12 @@ impl Store {
     /// A team's templates and the public ones, oldest first.
     pub(crate) async fn templates(&self, team: &str) -> Result<Vec<TemplateRow>, StoreError> {
         let wrap = sql("list the templates");
-        let rows = sqlx::query(template_query!("WHERE t.team_id = ? OR t.public ORDER BY t.created_at, t.id"))
-            .bind(team)
-            .fetch_all(&self.pool)
-            .await
-            .map_err(&wrap)?;
+        let rows =
+            sqlx::query(template_query!("WHERE t.team_id = ? OR t.public ORDER BY t.created_at, t.id"))
+                .bind(team)
+                .fetch_all(&self.pool)
+                .await
+                .map_err(&wrap)?;
         rows.iter().map(template).collect::<Result<_, _>>().map_err(wrap)
     }
 
@@ -234,7 +244,9 @@ impl Store {
     /// Builds of a template, newest first.
     pub(crate) async fn builds(&self, template: &str) -> Result<Vec<BuildRow>, StoreError> {
         let wrap = sql("list builds");
-        let query = sqlx::AssertSqlSafe(format!("{BUILD} WHERE template_id = ? ORDER BY created_at DESC, rowid DESC"));
+        let query = sqlx::AssertSqlSafe(format!(
+            "{BUILD} WHERE template_id = ? ORDER BY created_at DESC, rowid DESC"
+        ));
         let rows = sqlx::query(query).bind(template).fetch_all(&self.pool).await.map_err(&wrap)?;
         rows.iter().map(build).collect::<Result<_, _>>().map_err(wrap)
     }
@@ -321,10 +333,15 @@ mod tests {
         store.finish_build("b2", 2048, "0.6", "6.1", "qemu").await.unwrap();
         let builds = store.builds(&t.id).await.unwrap();
         assert_eq!(builds.iter().map(|b| b.id.as_str()).collect::<Vec<_>>(), ["b2", "b1"]);
-        assert_eq!((builds[0].status, builds[0].disk_mb, builds[0].vmm_version.as_str()), (BuildStatus::Ready, 2048, "qemu"));
+        assert_eq!(
+            (builds[0].status, builds[0].disk_mb, builds[0].vmm_version.as_str()),
+            (BuildStatus::Ready, 2048, "qemu")
+        );
         store.count_spawn(&t.id).await.unwrap();
         assert_eq!(store.templates(&team).await.unwrap()[0].spawn_count, 1);
         store.delete_template(&t.id).await.unwrap();
-        assert!(store.template("base").await.unwrap().is_none() && store.build("b2").await.unwrap().is_none());
+        assert!(
+            store.template("base").await.unwrap().is_none() && store.build("b2").await.unwrap().is_none()
+        );
     }
 }

@@ -234,7 +234,7 @@ async fn follow(
                 Some(Event::Started(p)) => pid = Some(p),
                 Some(Event::Stdout(bytes) | Event::Pty(bytes)) => write(std::io::stdout(), &bytes)?,
                 Some(Event::Stderr(bytes)) => write(std::io::stderr(), &bytes)?,
-                Some(Event::End(exit)) => {
+                Some(Event::Ended(exit)) => {
                     return Ok(ExitCode::from(u8::try_from(exit.code).unwrap_or(137)));
                 }
                 None => bail!("the sandbox ended before the command"),
@@ -291,7 +291,8 @@ struct Raw(Termios);
 
 impl Raw {
     fn start() -> anyhow::Result<Self> {
-        let before = termios::tcgetattr(std::io::stdin()).map_err(|e| anyhow!("Cannot read the terminal's mode: {e}"))?;
+        let before = termios::tcgetattr(std::io::stdin())
+            .map_err(|e| anyhow!("Cannot read the terminal's mode: {e}"))?;
         let mut raw = before.clone();
         termios::cfmakeraw(&mut raw);
         termios::tcsetattr(std::io::stdin(), SetArg::TCSANOW, &raw)

@@ -80,11 +80,19 @@ fn row(t: &Value) -> Vec<String> {
     ]
 }
 
-async fn build(client: &Client, out: Output, name: &str, from: &str, cpu: i32, memory: i32) -> anyhow::Result<()> {
+async fn build(
+    client: &Client,
+    out: Output,
+    name: &str,
+    from: &str,
+    cpu: i32,
+    memory: i32,
+) -> anyhow::Result<()> {
     let began = Instant::now();
     let body = json!({ "name": name, "cpuCount": cpu, "memoryMB": memory });
     let made = client.call(Method::POST, "/v3/templates", Some(body)).await?;
-    let (template, build) = (made["templateID"].as_str().unwrap_or_default(), made["buildID"].as_str().unwrap_or_default());
+    let (template, build) =
+        (made["templateID"].as_str().unwrap_or_default(), made["buildID"].as_str().unwrap_or_default());
     let start = format!("/v2/templates/{template}/builds/{build}");
     client.call(Method::POST, &start, Some(json!({ "fromImage": from }))).await?;
     let spinner = out.spinner(&format!("building {name} from {from}"));
@@ -114,6 +122,9 @@ async fn build(client: &Client, out: Output, name: &str, from: &str, cpu: i32, m
     if out.json {
         return out.value(&json!({ "templateID": template, "buildID": build, "name": name }));
     }
-    println!("{name} is ready after {:.1} s (template {template}, build {build})", began.elapsed().as_secs_f64());
+    println!(
+        "{name} is ready after {:.1} s (template {template}, build {build})",
+        began.elapsed().as_secs_f64()
+    );
     Ok(())
 }

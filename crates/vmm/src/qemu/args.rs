@@ -73,10 +73,7 @@ pub fn arguments(m: &Machine<'_>, fds: Fds) -> Vec<OsString> {
         add(flag, String::new());
     }
     add("-display", "none".into());
-    add(
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
-    );
+    add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     add(
         "-machine",
         "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=ram,dump-guest-core=off,mem-merge=off".into(),

@@ -229,7 +229,8 @@ impl Vm for QemuVm {
     async fn snapshot(&mut self, snapfile: File) -> Result<()> {
         // QEMU takes a passed file only in the very mode in which it would have opened it.
         let own = format!("/proc/self/fd/{}", snapfile.as_raw_fd());
-        let copy = File::options().write(true).open(own).map_err(|e| VmmError::io("reopen the state file", e))?;
+        let copy =
+            File::options().write(true).open(own).map_err(|e| VmmError::io("reopen the state file", e))?;
         let fd = self.pass_file("saving the state", copy).await?;
         self.migrate("saving the state", Command::Migrate { uri: format!("file:/dev/fdset/{fd}") }).await?;
         snapfile.sync_all().map_err(|e| VmmError::io("sync the state file", e))

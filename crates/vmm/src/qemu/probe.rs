@@ -126,7 +126,10 @@ mod tests {
 
     #[test]
     fn versions_are_read() {
-        assert_eq!(parse_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2)").as_deref(), Some("10.0.2"));
+        assert_eq!(
+            parse_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2)").as_deref(),
+            Some("10.0.2")
+        );
         assert_eq!(parse_version("something else"), None);
     }
 

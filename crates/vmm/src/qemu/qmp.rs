@@ -63,7 +63,6 @@ pub enum Command {
     },
     /// State of the last migration.
     QueryMigrate {},
-
 }
 
 /// One migration capability.
@@ -132,8 +131,8 @@ impl Qmp {
         if n == 0 {
             return Err(QmpError::Lost(std::io::ErrorKind::UnexpectedEof.into()));
         }
-        let m: Message =
-            serde_json::from_str(&self.line).map_err(|e| QmpError::Malformed(format!("{e}: {}", self.line)))?;
+        let m: Message = serde_json::from_str(&self.line)
+            .map_err(|e| QmpError::Malformed(format!("{e}: {}", self.line)))?;
         if m.event.as_deref() == Some("MIGRATION") {
             let status = m.data.as_ref().and_then(|d| d.get("status")).and_then(Value::as_str);
             self.migration = status.map(str::to_owned);
