@@ -235,7 +235,10 @@ fn status_request(b: &BuildRow, q: &LogQuery) -> Result<TemplateStatusRequest, A
         None | Some("forward") => LogsDirection::Forward,
         Some("backward") => LogsDirection::Backward,
         Some(d) => {
-            return Err(ApiError::bad(format!("direction '{}' is not forward or backward", d.escape_debug())));
+            return Err(ApiError::bad(format!(
+                "direction '{}' is not forward or backward",
+                d.escape_debug()
+            )));
         }
     };
     let start = q.cursor.map(|ms| prost_types::Timestamp {

@@ -132,7 +132,10 @@ impl Config {
         match file {
             Some(path) if !path.is_file() => bail!("The configuration file {} is not there", path.display()),
             Some(path) => figment = figment.merge(Toml::file_exact(path)),
-            None => figment = figment.merge(Toml::file_exact(DEFAULT_FILE)),
+            None if Path::new(DEFAULT_FILE).is_file() => {
+                figment = figment.merge(Toml::file_exact(DEFAULT_FILE))
+            }
+            None => {}
         }
         for (name, field) in ALIASES {
             if let Ok(value) = std::env::var(name) {
@@ -161,7 +164,6 @@ impl Config {
             _ => Vec::new(),
         };
         let ours = Env::prefixed("NIDUS_").filter(move |k| known.iter().any(|n| k == n.as_str()));
-        // A number in a path or a name stays a text.
         let config: Self = figment.merge(ours).extract().map_err(|e| explain(&e))?;
         config.check()
     }
