@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let error = |text| format!("{:#}", parse(text).unwrap_err());
+        let error = |text: &str| format!("{:#}", parse(text).unwrap_err());
         let job = "[[job]]\nname = 'a'\nrun = ['x']\n";
         assert!(error(&format!("{job}{job}")).contains("name a"));
         assert!(error("[[job]]\nname = 'a'\n").contains("either"));

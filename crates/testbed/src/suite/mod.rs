@@ -73,7 +73,7 @@ pub fn run(cache: &Path, options: Options) -> Result<ExitCode> {
         let vm = Vm::boot(&image, options.size, &plan.spec, options.console)?;
         let end = Instant::now() + Duration::from_secs(options.timeout);
         let mut watch = Watch { plan: &plan, report: &mut report, running: None, verbose: options.verbose };
-        watch.to_the_end(vm, end);
+        watch.follow(vm, end);
     }
     let good = report.close();
     if let Some(path) = &options.junit {
@@ -98,7 +98,7 @@ struct Running {
 
 impl Watch<'_> {
     /// Every job is in the report afterwards, whatever became of the machine.
-    fn to_the_end(&mut self, mut vm: Vm, end: Instant) {
+    fn follow(&mut self, mut vm: Vm, end: Instant) {
         let mut next = 0;
         let broken = loop {
             match vm.next(end) {
