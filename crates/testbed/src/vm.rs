@@ -29,6 +29,9 @@ const CONSOLE_KEPT: usize = 16 << 10;
 /// timer check takes seconds and fails, and mitigations only cost.
 const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet rw mitigations=off panic=-1 tsc=reliable no_timer_check";
 
+/// An AMD processor with virtualisation and nested paging, less what TCG cannot do and would warn of.
+const PROCESSOR: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec";
+
 /// A running machine; killed when dropped.
 pub struct Vm {
     qemu: Child,
@@ -165,7 +168,7 @@ fn arguments(
     let path = |p: &Path| p.display().to_string().replace(',', ",,");
     command
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-name", "nidus-testbed"])
-        .args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt"])
+        .args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", PROCESSOR])
         .args(["-smp", &size.cpus.to_string(), "-m", &size.memory.to_string()])
         .arg("-kernel")
         .arg(image.kernel())
