@@ -10,10 +10,12 @@
 
 mod buffer;
 mod handshake;
+mod input;
 pub mod kernel;
 mod reply;
 mod server;
 mod session;
+mod slow;
 mod transmission;
 pub mod wire;
 
