@@ -12,6 +12,7 @@ mod buffer;
 mod handshake;
 mod input;
 pub mod kernel;
+mod pace;
 mod reply;
 mod server;
 mod session;

@@ -132,16 +132,22 @@ struct FinishedQueue {
 struct Promise {
     queue: Arc<FinishedQueue>,
     reply: Finished,
+    /// `None` only while this is dropped.
+    context: Option<Arc<Context>>,
 }
 
 impl Promise {
-    fn keep(mut self, reply: Reply) {
-        self.reply = Some(reply);
+    async fn keep(mut self, request: Request, task: Task) {
+        if let Some(context) = &self.context {
+            self.reply = Some(run(context, request, task).await);
+        }
     }
 }
 
 impl Drop for Promise {
     fn drop(&mut self) {
+        // First: who hears of the end may rely on it that nobody uses the device any more.
+        self.context = None;
         self.queue.replies.lock().push(self.reply.take());
         // It can only fail by being full, and then the event is readable.
         let _ = rustix::io::write(&self.queue.event, &1u64.to_ne_bytes());
@@ -175,9 +181,8 @@ impl Slow {
     pub(super) fn start(&mut self, request: Request, task: Task) {
         self.running += 1;
         self.bytes += cost(&request) as usize;
-        let context = self.context.clone();
-        let promise = Promise { queue: self.finished.clone(), reply: None };
-        self.runtime.spawn(async move { promise.keep(run(&context, request, task).await) });
+        let (queue, context) = (self.finished.clone(), Some(self.context.clone()));
+        self.runtime.spawn(Promise { queue, reply: None, context }.keep(request, task));
     }
 
     /// Waits until a request has finished or, if a stream is given, there is input.

@@ -12,7 +12,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,6 +23,7 @@ use super::{
     SessionError,
     buffer::BufferPool,
     input::Input,
+    pace::Pace,
     reply::{BATCH, Reply, send},
     slow::{Context, Slow, Task, cost},
     wire::{Action, MAX_PAYLOAD, REQUEST_LEN, Request, command},
@@ -197,7 +198,7 @@ impl Transmission {
         let mut at = request.offset;
         // Received, but not taken by the device.
         let mut left = None;
-        while !durable && at < end && self.pace.inline() {
+        while !durable && at < end && self.pace.inline(Instant::now()) {
             // Pieces begin and end with blocks: else the device would have to read.
             let next = ((at + PIECE) / BLOCK_SIZE * BLOCK_SIZE).min(end);
             let len = (next - at) as usize;
@@ -270,39 +271,5 @@ impl Transmission {
             len -= piece.len() as u64;
         }
         Ok(())
-    }
-}
-
-/// Whether writes are done on the connection's thread.
-#[derive(Debug, Default)]
-struct Pace {
-    /// The kernel held a write up; until then others take them.
-    elsewhere_until: Option<Instant>,
-}
-
-impl Pace {
-    /// A write to the page cache takes microseconds; one that takes so long was held up.
-    const HELD_UP: Duration = Duration::from_millis(2);
-    const ELSEWHERE: Duration = Duration::from_millis(100);
-
-    fn inline(&mut self) -> bool {
-        match self.elsewhere_until {
-            Some(until) if Instant::now() < until => false,
-            Some(_) => {
-                self.elsewhere_until = None;
-                true
-            }
-            None => true,
-        }
-    }
-
-    fn time<T>(&mut self, write: impl FnOnce() -> T) -> T {
-        let begin = Instant::now();
-        let result = write();
-        let end = Instant::now();
-        if end - begin > Self::HELD_UP {
-            self.elsewhere_until = Some(end + Self::ELSEWHERE);
-        }
-        result
     }
 }
