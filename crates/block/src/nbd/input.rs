@@ -5,8 +5,10 @@ use std::os::unix::net::UnixStream;
 
 /// Enough for a burst of small requests.
 const SMALL: usize = 64 << 10;
-/// Enough for as many writes of a block as may be in flight.
-const LARGE: usize = 384 << 10;
+/// Enough for as many writes of a block as may be in flight, and for what the socket holds.
+const LARGE: usize = 256 << 10;
+/// What is there is moved to the front when there is less room behind it.
+const ROOM: usize = 32 << 10;
 
 /// A buffer over the connection's receiving side.
 #[derive(Debug)]
@@ -37,9 +39,12 @@ impl Input {
 
     /// Receives more, behind what is there; 0 is the end. Blocks.
     pub(super) fn receive(&mut self, stream: &UnixStream) -> io::Result<usize> {
-        self.bytes.copy_within(self.start..self.end, 0);
-        (self.start, self.end) = (0, self.end - self.start);
+        if self.start == self.end || self.bytes.len() - self.end < ROOM {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
         let room = self.bytes.len() - self.end;
+        debug_assert!(room > 0, "nothing received would look like the end");
         let n = read(stream, &mut self.bytes[self.end..])?;
         self.end += n;
         if n == room && self.bytes.len() < LARGE {

@@ -37,9 +37,8 @@ const MAX_IN_FLIGHT: usize = 64;
 const MAX_BYTES: usize = MAX_PAYLOAD as usize;
 /// Replies of so many bytes are sent although more requests have come: the client can begin.
 const ENOUGH_TO_SEND: usize = 256 << 10;
-/// Long writes are written in pieces of this size while the rest is on its way. It stays in the
-/// processor's cache between the two.
-const PIECE: u64 = 256 << 10;
+/// A long write is begun when so much of it is there, which is more than a block.
+const PIECE: u64 = 48 << 10;
 /// A connection without requests for so long gives its buffers back.
 const IDLE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
@@ -196,30 +195,28 @@ impl Transmission {
     fn write(&mut self, request: Request, durable: bool) -> Result<(), SessionError> {
         let end = request.offset + u64::from(request.len);
         let mut at = request.offset;
-        // Received, but not taken by the device.
-        let mut left = None;
+        // What has come of a long write is written while the rest is on its way: neither side waits for
+        // the other, and the data stays in the processor's cache.
         while !durable && at < end && self.pace.inline(Instant::now()) {
-            // Pieces begin and end with blocks: else the device would have to read.
-            let next = ((at + PIECE) / BLOCK_SIZE * BLOCK_SIZE).min(end);
-            let len = (next - at) as usize;
-            let written = if let Some(piece) = self.input.available().get(..len) {
-                let written = self.pace.time(|| self.context.device.try_write_at(at, piece));
-                if !matches!(written, Ok(false)) {
-                    self.input.consume(len);
+            let left = end - at;
+            while (self.input.available().len() as u64) < left.min(PIECE) {
+                if self.input.receive(&self.stream)? == 0 {
+                    return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
                 }
-                written
-            } else {
-                let mut piece = self.pool.take(len);
-                self.input.take(&self.stream, &mut piece)?;
-                let written = self.pace.time(|| self.context.device.try_write_at(at, &piece));
-                left = Some(piece).filter(|_| matches!(written, Ok(false)));
-                written
-            };
-            match written {
-                Ok(true) => at = next,
+            }
+            let have = left.min(self.input.available().len() as u64);
+            // Pieces end with blocks: else the device would have to read.
+            let next = if have == left { end } else { (at + have) / BLOCK_SIZE * BLOCK_SIZE };
+            let len = (next - at) as usize;
+            let piece = &self.input.available()[..len];
+            match self.pace.time(|| self.context.device.try_write_at(at, piece)) {
+                Ok(true) => {
+                    self.input.consume(len);
+                    at = next;
+                }
                 Ok(false) => break,
                 Err(error) => {
-                    self.skip(end - next)?;
+                    self.skip(left)?;
                     self.reply(self.context.done_reply(&request, Err(error), cost(&request)));
                     return Ok(());
                 }
@@ -230,12 +227,7 @@ impl Transmission {
             return Ok(());
         }
         let mut rest = self.pool.take((end - at) as usize);
-        let mut begin = 0;
-        if let Some(piece) = left {
-            begin = piece.len();
-            rest[..begin].copy_from_slice(&piece);
-        }
-        self.input.take(&self.stream, &mut rest[begin..])?;
+        self.input.take(&self.stream, &mut rest)?;
         self.slow.start(request, Task::Write { offset: at, data: Bytes::from_owner(rest), durable });
         Ok(())
     }
