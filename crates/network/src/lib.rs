@@ -18,6 +18,7 @@ mod error;
 mod firewall;
 mod link;
 mod namespace;
+mod netns_dir;
 mod pool;
 mod probe;
 mod reclaim;

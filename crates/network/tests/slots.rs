@@ -80,6 +80,23 @@ fn leave_slots(c: &NetworkConfig) -> ! {
     })
 }
 
+/// `ip netns add` by somebody else, while slots are there, must not make them stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn namespaces_of_others_come_and_go_beside_ours() {
+    let c = config(30_200, "nidus_test_c");
+    reclaim(&c).unwrap();
+    let pool = Pool::start(c.clone(), 1).await.unwrap();
+    let slot = pool.acquire().await.unwrap();
+    let path = slot.netns_path().to_owned();
+    let foreign = format!("nidus-foreign-{}", std::process::id());
+    assert_eq!(out("ip", &["netns", "add", &foreign]), "");
+    pool.release(slot).await;
+    assert!(!path.exists());
+    assert!(!std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(path.to_str().unwrap()));
+    assert_eq!(out("ip", &["netns", "delete", &foreign]), "");
+    pool.shutdown().await;
+}
+
 /// What `nidus doctor` says must agree with what the other tests here do.
 #[test]
 fn the_probe_finds_what_slots_need() {

@@ -7,6 +7,7 @@ mod config;
 mod doctor;
 mod lock;
 mod output;
+mod recipe;
 mod serve;
 
 use std::path::PathBuf;

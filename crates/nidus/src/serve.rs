@@ -25,6 +25,7 @@ use crate::accel;
 use crate::client::database;
 use crate::config::Config;
 use crate::lock::{DataLock, RunDir, SLOTS_PER_DAEMON, SlotRange};
+use crate::recipe::{MadeWith, Recipe};
 
 /// Room that a template's build takes while it is made, in MiB.
 pub const BUILD_MIB: u64 = 2048;
@@ -109,6 +110,7 @@ struct Parts {
     factory: Arc<Factory>,
     node: Arc<Node>,
     catalog: InProcessCatalog,
+    made_with: MadeWith,
 }
 
 impl Parts {
@@ -161,6 +163,12 @@ impl Parts {
         let cgroups = CgroupRoot::new(&range.name('-'))?;
         let qemu = Qemu::new(&config.qemu, accel, cgroups.clone()).await?;
         let vmm: Arc<dyn Vmm> = Arc::new(qemu);
+        let made_with = MadeWith {
+            envd: build.envd.clone(),
+            guest_init: guest_init.clone(),
+            kernel: kernel.version.clone(),
+            vmm: vmm.id().to_string(),
+        };
         let network = Arc::new(Pool::start(network_of(&range), config.slots).await?);
         let overlays = run.0.join("overlays");
         let factory =
@@ -186,7 +194,7 @@ impl Parts {
             data_dir: dir.clone(),
         };
         let node = Node::new(node, factory.clone(), builder, catalog.clone(), Arc::new(LogSink));
-        Ok(Self { _run: run, _range: range, cgroups, network, factory, node, catalog })
+        Ok(Self { _run: run, _range: range, cgroups, network, factory, node, catalog, made_with })
     }
 
     /// Serves until `stop`, or until the base template cannot be had.
@@ -250,20 +258,27 @@ impl Parts {
             memory_mb: config.base_memory_mb,
             public: true,
         };
-        if !api.has_template(name).await? {
-            let free = free_mib(&config.data_dir)?;
-            if free < BUILD_MIB {
-                bail!(
-                    "There is no space to build the template {name}: {free} MiB are free at {}, {BUILD_MIB} are needed",
-                    config.data_dir.display()
-                );
+        let recipe = Recipe::of(config, &self.made_with)?;
+        let known = Recipe::load(&config.data_dir);
+        let build = match api.ready_build(name).await? {
+            // One that somebody else made of this name is theirs to make again.
+            Some(b) if known.as_ref().is_none_or(|k| k.build != b || k.digest == recipe) => b,
+            older => {
+                match older {
+                    None => tracing::info!("building the template {name}: once, and for some minutes"),
+                    Some(_) => {
+                        tracing::info!("building the template {name} again: what it is made of has changed")
+                    }
+                }
+                enough_space(config, name)?;
+                // The node logs each step.
+                let built = api.build_template(name, spec).await;
+                let built = built
+                    .map_err(|e| anyhow!("The template {name} cannot be built: {}", one_line(&e.message)))?;
+                Recipe { build: built.clone(), digest: recipe }.save(&config.data_dir)?;
+                built
             }
-            tracing::info!("building the template {name}: once, and for some minutes");
-        }
-        // The node logs each step.
-        let build = api.ensure_template(name, spec, |_| {}).await;
-        let build =
-            build.map_err(|e| anyhow!("The template {name} cannot be built: {}", one_line(&e.message)))?;
+        };
         let build = build.parse()?;
         self.factory.prewarm(build).await;
         if config.warm > 0 {
@@ -277,13 +292,24 @@ impl Parts {
 
     /// Everything back, last first.
     async fn release(self) {
-        let Self { _run, _range, cgroups, network, factory, node, catalog } = self;
+        let Self { _run, _range, cgroups, network, factory, node, catalog, made_with: _ } = self;
         drop((node, catalog));
         factory.shutdown().await;
         drop(factory);
         network.shutdown().await;
         cgroups.remove();
     }
+}
+
+fn enough_space(config: &Config, name: &str) -> anyhow::Result<()> {
+    let free = free_mib(&config.data_dir)?;
+    if free < BUILD_MIB {
+        bail!(
+            "There is no space to build the template {name}: {free} MiB are free at {}, {BUILD_MIB} are needed",
+            config.data_dir.display()
+        );
+    }
+    Ok(())
 }
 
 /// The last lines of a tool's output are what matters, and a sentence is wanted.

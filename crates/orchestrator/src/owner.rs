@@ -49,6 +49,8 @@ pub(crate) async fn own(
             emit(&node, &entry, EventKind::Created, None);
             let _ = started.send(Ok(()));
             let reason = until_end(&entry, &sandbox).await;
+            // From here on it is neither listed nor routed to, whatever ended it.
+            entry.running.store(false, Relaxed);
             node.catalog.remove(&id);
             gone.cancel();
             let result = sandbox.kill().await;
