@@ -59,8 +59,10 @@ pub enum HandlerError {
         cause: SourceError,
     },
     /// The task that read a page broke off.
-    #[error("reading the guest memory page at offset {offset:#x} broke off: the source panicked")]
-    SourcePanicked {
+    #[error(
+        "reading the guest memory page at offset {offset:#x} broke off: the source panicked or the runtime was shut down"
+    )]
+    BrokenOff {
         /// The page's offset in the memory file.
         offset: u64,
     },

@@ -138,7 +138,7 @@ impl Drop for Answer {
     fn drop(&mut self) {
         if !self.given && !self.vm.cancel.is_cancelled() {
             let offset = self.vm.offset(self.page);
-            self.vm.finish(Err(Arc::new(HandlerError::SourcePanicked { offset })));
+            self.vm.finish(Err(Arc::new(HandlerError::BrokenOff { offset })));
         }
     }
 }

@@ -62,7 +62,7 @@ impl Default for Config {
             fetches: 16,
             prefetch_fetches: 4,
             around: 1,
-            attempts: 10,
+            attempts: 30,
             attempt_limit: Duration::from_secs(10),
             first_pause: Duration::from_millis(10),
             fault_deadline: Duration::from_secs(30),
@@ -213,7 +213,9 @@ impl Handler {
         }
     }
 
-    /// In which order the VM has needed its pages so far.
+    /// In which order the VM has needed its pages so far. Those that a prefetch or a neighbour's
+    /// fault brought are not among them: to go on with an older recording, put its pages first in
+    /// [`Recording::new`].
     pub fn recording(&self) -> Recording {
         let layout = &self.vm.layout;
         Recording::new(layout.page_size(), layout.memory_size(), self.vm.recorder.pages())

@@ -28,6 +28,7 @@ pub const WRITE_PROTECT: u64 = 2;
 pub const EVENT_FORK: u64 = 1 << 1;
 pub const EVENT_REMAP: u64 = 1 << 2;
 pub const EVENT_REMOVE: u64 = 1 << 3;
+pub const EVENT_UNMAP: u64 = 1 << 6;
 
 /// The directory, if this process is a child.
 pub fn directory() -> Option<PathBuf> {
@@ -182,6 +183,14 @@ pub fn run(directory: &Path) {
     while commands.read_line(&mut line).unwrap() > 0 {
         let mut words = line.split_ascii_whitespace();
         let command = words.next().unwrap().to_owned();
+        if command == "private" {
+            let path = PathBuf::from(words.next().unwrap());
+            let n: Vec<usize> = words.map(|word| word.parse().unwrap()).collect();
+            let took = time_private(&path, n[0] != 0, n[1]);
+            replies.write_all(format!("{took}\n").as_bytes()).unwrap();
+            line.clear();
+            continue;
+        }
         let n: Vec<usize> = words.map(|word| word.parse().unwrap()).collect();
         if command == "map" {
             let made = Memory::map(n[0], n[1], n[2], n[3] as u64, n[4] as u64);
@@ -200,6 +209,37 @@ pub fn run(directory: &Path) {
             replies.write_all(format!("{reply}\n").as_bytes()).unwrap();
         }
         line.clear();
+    }
+}
+
+/// Offsets with this distance, in an order that is random and always the same.
+fn shuffled(size: usize, distance: usize) -> Vec<usize> {
+    let mut offsets: Vec<_> = (0..size).step_by(distance).collect();
+    offsets.shuffle(&mut SmallRng::seed_from_u64(7));
+    offsets
+}
+
+/// Maps a file private and reads or writes a byte at each of these distances; nanoseconds that it
+/// took. What the kernel itself needs for what a handler does.
+fn time_private(path: &Path, write: bool, distance: usize) -> u64 {
+    let file = std::fs::File::open(path).unwrap();
+    let len = file.metadata().unwrap().len() as usize;
+    let offsets = shuffled(len, distance);
+    // SAFETY: a new mapping at an address of the kernel's choice, of a file that stays as long as
+    // it is; the offsets lie within it; it is unmapped when nothing uses it any more.
+    unsafe {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let at = libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_PRIVATE, file.as_raw_fd(), 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        let start = at.cast::<u8>();
+        let started = Instant::now();
+        for offset in offsets {
+            let byte = start.add(offset);
+            if write { byte.write_volatile(1) } else { _ = byte.read_volatile() }
+        }
+        let took = started.elapsed().as_nanos() as u64;
+        libc::munmap(at, len);
+        took
     }
 }
 
@@ -229,8 +269,7 @@ fn perform(memory: &Memory, command: &str, n: &[usize]) -> u64 {
         "time" => {
             let (write, threads) = (n[0] != 0, n[1]);
             let size: usize = memory.regions.iter().map(|region| region.1).sum();
-            let mut pages: Vec<_> = (0..size).step_by(page).collect();
-            pages.shuffle(&mut SmallRng::seed_from_u64(7));
+            let pages = shuffled(size, page);
             let barrier = Barrier::new(threads + 1);
             thread::scope(|scope| {
                 for part in pages.chunks(pages.len().div_ceil(threads)) {
@@ -300,6 +339,12 @@ fn perform(memory: &Memory, command: &str, n: &[usize]) -> u64 {
             for (base, len) in &memory.regions {
                 ioctl(&memory.uffd, 0x8010_aa01, &mut [*base as u64, *len as u64]);
             }
+            0
+        }
+        "unmap" => {
+            // SAFETY: the child uses that part of the region no more.
+            let result = unsafe { libc::munmap(memory.at(n[0]).cast(), n[1]) };
+            assert_eq!(result, 0);
             0
         }
         "blocking" => {

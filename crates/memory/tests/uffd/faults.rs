@@ -8,7 +8,7 @@ use nidus_memory::{
 };
 
 use crate::{
-    child::{EVENT_REMAP, EVENT_REMOVE, userfaultfd},
+    child::{EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP, userfaultfd},
     rig::{Does, HUGE, HugePages, Map, PAGE, PLAIN, Rig, Storage, content, memfile, receive},
 };
 
@@ -53,7 +53,7 @@ fn what_was_never_touched_is_not_in_place() {
     let page = PAGE as u64;
     let present = vec![10 * page..11 * page, 12 * page..13 * page, 40 * page..41 * page];
     assert_eq!(touched.present.byte_ranges(page), present);
-    assert_eq!(touched.zeroed.byte_ranges(page), [11 * page..12 * page]);
+    assert_eq!(touched.zeroed.byte_ranges(page), std::slice::from_ref(&(11 * page..12 * page)));
     rig.finish();
 }
 
@@ -143,12 +143,25 @@ fn memory_that_is_unregistered_ends_nothing() {
 }
 
 #[test]
-fn memory_that_is_unregistered_while_a_page_is_fetched() {
+fn memory_that_is_unmapped_ends_nothing() {
+    let bytes = content(SIZE);
+    let (_file, source) = memfile(&bytes, PageSize::Small);
+    let map = Map { features: EVENT_REMOVE | EVENT_UNMAP, ..PLAIN };
+    let mut rig = Rig::new(map, Arc::new(source), config(1, 1));
+    rig.vmm.call(&format!("touch 0 {} 2", 8 * PAGE));
+    rig.vmm.call(&format!("unmap {} {}", 4 * PAGE, 8 * PAGE));
+    assert!(rig.vmm.dump(0, 4 * PAGE) == bytes[..4 * PAGE]);
+    assert!(rig.vmm.dump(12 * PAGE, SIZE - 12 * PAGE) == bytes[12 * PAGE..]);
+    assert_eq!(rig.touched().present.count(), SIZE / PAGE - 8);
+    rig.finish();
+}
+
+#[test]
+fn a_process_that_ends_while_a_page_is_fetched() {
     let storage = Storage::new(content(SIZE), PAGE, |_, _| Does::Wait);
     let mut rig = Rig::new(PLAIN, storage.clone(), config(1, 1));
     rig.vmm.send(&format!("touch {PAGE} {PAGE} 1"));
     rig.until(|metrics| metrics.faults_missed == 1);
-    // The child's command loop is busy: stop its memory from outside, by its end.
     rig.vmm.process.kill().unwrap();
     assert_eq!(rig.ended().unwrap(), End::Exited);
     storage.release.add_permits(1);

@@ -192,7 +192,7 @@ fn huge_pages() {
     hammer(&mut rig, &mut model, HUGE, 8);
     let saved = rig.runtime.block_on(live.finish()).unwrap();
     rig.vmm.reply().unwrap();
-    assert_eq!(saved.pages.runs().collect::<Vec<_>>(), [1..3]);
+    assert_eq!(saved.pages.runs().collect::<Vec<_>>(), std::slice::from_ref(&(1..3)));
     assert!(kept.memory(&bytes, &saved, HUGE) == instant);
     assert!(rig.vmm.dump(0, 4 * HUGE) == model);
     rig.finish();

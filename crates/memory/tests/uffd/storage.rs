@@ -117,7 +117,7 @@ fn a_source_that_panics_ends_the_handler() {
     let mut rig = Rig::new(PLAIN, storage, config());
     rig.vmm.send(&format!("touch 0 {SIZE} 1"));
     let error = rig.ended().unwrap_err();
-    assert!(matches!(&*error, HandlerError::SourcePanicked { offset: 0x3000 }), "{error}");
+    assert!(matches!(&*error, HandlerError::BrokenOff { offset: 0x3000 }), "{error}");
 }
 
 #[test]
