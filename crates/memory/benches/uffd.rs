@@ -183,20 +183,20 @@ fn main() {
     let medians: Vec<f64> = figures.into_iter().map(median).collect();
     let (one_read, write) = (medians[0], medians[2]);
     println!(
-        "{:<36}{:>10}{:>14}{:>14}{:>14}",
+        "{:<36}{:>10}{:>11}{:>16}{:>15}",
         "4 KiB pages, median", "us/page", "pages/s", "x kernel write", "x kernel read"
     );
     let mut report = Vec::new();
     for (case, us) in CASES.iter().zip(&medians) {
         let (per_second, by_write, by_read) = (1e6 / us, us / write, us / one_read);
-        println!("{:<36}{us:>10.2}{per_second:>14.0}{by_write:>14.2}{by_read:>14.2}", case.name);
+        println!("{:<36}{us:>10.2}{per_second:>11.0}{by_write:>16.2}{by_read:>15.2}", case.name);
         report.push(format!("{{\"case\":\"{}\",\"us_per_page\":{us:.3}}}", case.name));
     }
     match huge(&runtime, &file, rounds) {
         Some(us) => {
             let for_small = us / (HUGE / SMALL) as f64;
             println!(
-                "{:<36}{us:>10.0}{:>14.0}   ({for_small:.2} us for each 4 KiB)",
+                "{:<36}{us:>10.0}{:>11.0}   ({for_small:.2} us for each 4 KiB)",
                 "handler, read, 2 MiB pages",
                 1e6 / us
             );
