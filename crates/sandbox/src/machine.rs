@@ -7,7 +7,7 @@ use nidus_block::Overlay;
 use nidus_network::{NetworkSlot, Pool};
 use nidus_storage::BuildId;
 use nidus_template::DiskServer;
-use nidus_vmm::{Memory, Vm, VmConfig, Vmm};
+use nidus_vmm::{Disk, Memory, Tap, Vm, VmConfig, Vmm};
 
 use crate::{CreateError, KillError, OpenTemplate};
 
@@ -63,12 +63,15 @@ impl Machine {
                 vcpus: m.vcpu,
                 memory_mb: m.memory_mb,
                 memory: Memory::Private(template.open_memfile()?),
-                disk,
-                tap: slot.open_tap()?,
+                disk: Disk::Nbd(disk),
+                tap: Tap::Open(slot.open_tap()?),
                 netns: slot.netns()?,
                 mac: nidus_network::GUEST_MAC.to_owned(),
                 uid: parts.uid_base + slot.index(),
                 limits: nidus_template::limits(m.vcpu, m.memory_mb),
+                huge_pages: false,
+                track_dirty: false,
+                advance_clock: false,
             };
             let mut vm = parts.vmm.prepare(config).await?;
             vm.load(template.open_snapfile()?).await?;

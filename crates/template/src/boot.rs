@@ -8,7 +8,7 @@ use std::time::Duration;
 use nidus_block::{BlockDevice, FileDevice, Overlay, ReadDevice};
 use nidus_envd_protocol::{Client, EnvdClient, StartCommand};
 use nidus_network::{NetworkSlot, Pool};
-use nidus_vmm::{Boot, Limits, Memory, Vm, VmConfig, Vmm};
+use nidus_vmm::{Boot, Disk, Limits, Memory, SaveMemory, SnapshotFiles, Tap, Vm, VmConfig, Vmm};
 use tokio_util::sync::CancellationToken;
 
 use crate::build::{Level, Log, envd_addr};
@@ -80,12 +80,15 @@ async fn with_slot(
             vcpus: cold.vcpus,
             memory_mb: cold.memory_mb,
             memory: Memory::Shared(memfile),
-            disk,
-            tap: slot.open_tap()?,
+            disk: Disk::Nbd(disk),
+            tap: Tap::Open(slot.open_tap()?),
             netns: slot.netns()?,
             mac: nidus_network::GUEST_MAC.to_owned(),
             uid: cold.uid_base + slot.index(),
             limits: limits(cold.vcpus, cold.memory_mb),
+            huge_pages: false,
+            track_dirty: false,
+            advance_clock: false,
         };
         log.info("boot", format!("cold boot with {}", vmm.id()));
         // The VMM opens the memory by the file that it inherits, as its own user.
@@ -142,7 +145,8 @@ async fn save(
     warm_up(slot, vm, log, cancel).await?;
     log.info("snapshot", "saving memory and device state");
     vm.pause().await?;
-    vm.snapshot(new_file(&cold.snapfile)?).await?;
+    let state = new_file(&cold.snapfile)?;
+    vm.snapshot(SnapshotFiles { state, memory: SaveMemory::Stay }).await?;
     let size = fs::metadata(&cold.snapfile).map_err(|e| BuildError::io("look at", &cold.snapfile, e))?.len();
     log.info("snapshot", format!("device state: {} KiB", size / 1024));
     Ok(())

@@ -257,15 +257,13 @@ impl Builder {
         let initrd = work.join("initrd");
         kernel.write_initramfs(&self.config.guest_init, &initrd)?;
         self.make_rootfs(work, request, &staged, log, cancel).await?;
+        let needs = self.vmm.needs();
+        let source = kernel.clone();
+        let image = blocking(move || Ok(source.image_for(needs.kernel)?)).await?;
+        let cmdline = format!("console=ttyS0 quiet {} random.trust_cpu=on", needs.kernel_arguments);
         let boot = ColdBoot {
             name: format!("build-{}", request.build_id),
-            boot: nidus_vmm::Boot {
-                kernel: kernel.image(),
-                initrd,
-                cmdline:
-                    "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on"
-                        .into(),
-            },
+            boot: nidus_vmm::Boot { kernel: image, initrd, cmdline },
             vcpus: request.vcpu,
             memory_mb: request.memory_mb,
             rootfs: staged.path(Artifact::Rootfs),
