@@ -152,6 +152,7 @@ impl Api {
             }
         }
         let (template, build) = self.usable(&team.id, &new.template_id).await?;
+        self.nodes.check_runs(&build.vmm_version).await?;
         let now = Utc::now();
         let network = network(new.network)?;
         let config = SandboxConfig {

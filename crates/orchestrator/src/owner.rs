@@ -98,8 +98,8 @@ async fn start(node: &Node, entry: &Entry, spec: SandboxSpec) -> Result<Sandbox,
 /// Waits for the first reason to end it, and says which.
 async fn until_end(entry: &Entry, sandbox: &Sandbox) -> String {
     let mut end = entry.end.subscribe();
-    let exited = sandbox.exited();
-    tokio::pin!(exited);
+    let failed = sandbox.failed();
+    tokio::pin!(failed);
     loop {
         let left = (*end.borrow_and_update() - Utc::now()).to_std().unwrap_or_default();
         if left.is_zero() {
@@ -110,7 +110,7 @@ async fn until_end(entry: &Entry, sandbox: &Sandbox) -> String {
             () = entry.kill.cancelled() => {
                 return entry.reason.lock().clone().unwrap_or_else(|| "killed".to_owned());
             }
-            status = &mut exited => return format!("the VM ended by itself ({status})"),
+            reason = &mut failed => return reason,
             _ = end.changed() => {}
             () = tokio::time::sleep(left.min(LOOK_AGAIN)) => {}
         }
