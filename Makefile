@@ -26,13 +26,13 @@ lint: ## formatting and clippy, warnings are errors
 unit: ## the crates' own tests
 	cargo test --release --workspace
 
-testbed: setup ## tests that need KVM and kernel NBD, in an emulated machine
-	cargo run --release -q -p nidus-testbed -- test --workspace
+testbed: build ## tests that need KVM and kernel NBD, in an emulated machine
+	$(BUILT)/testbed test --workspace --junit target/testbed.xml
 
 conformance: build ## the official SDKs and a daemon under stress, on real VMs
 	@conformance/run.sh
 
-test: setup lint unit conformance ## set up, then all tests
+test: setup lint unit testbed conformance ## set up, then all tests
 
 bench: build ## measure, and write docs/performance.md
 	@scripts/bench.sh

@@ -8,7 +8,8 @@ use nidus_block::{
     FileDevice, Overlay,
     nbd::{Export, serve},
 };
-use tokio::io::{AsyncWriteExt, copy, duplex, sink, split};
+use tokio::io::{AsyncWriteExt, copy, sink};
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 fuzz_target!(|input: (u8, &[u8])| {
@@ -20,9 +21,8 @@ fuzz_target!(|input: (u8, &[u8])| {
         let base = FileDevice::open(dir.path().join("base")).await.expect("a base device");
         let overlay = Overlay::create(Arc::new(base), dir.path().join("cache")).await.expect("an overlay");
         let export = Export::new("root", Arc::new(overlay));
-        let (ours, theirs) = duplex(1 << 16);
-        let (reader, writer) = split(theirs);
-        let (mut from_server, mut to_server) = split(ours);
+        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+        let (mut from_server, mut to_server) = ours.into_split();
         let client = async {
             let mut start: Vec<u8> = Vec::new();
             if opening % 3 > 0 {
@@ -41,10 +41,7 @@ fuzz_target!(|input: (u8, &[u8])| {
             let _ = tokio::join!(send, copy(&mut from_server, &mut nowhere));
         };
         let stop = CancellationToken::new();
-        let server = async {
-            // Dropping the server's halves at its end is what lets the client end.
-            let _ = serve(reader, writer, &export, &stop).await;
-        };
+        let server = serve(theirs, &export, &stop);
         tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(server, client) })
             .await
             .expect("the session hangs");

@@ -31,6 +31,17 @@ pub trait ReadDevice: Send + Sync + 'static {
 /// does not undo it, and may not stop it.
 #[async_trait]
 pub trait BlockDevice: ReadDevice {
+    /// Writes `data` at `offset` if that needs neither a read from a disk or a network nor another
+    /// operation to end first, and says whether it did. When it did not (`Ok(false)`), nothing was
+    /// written.
+    ///
+    /// It goes to the page cache, where the kernel holds writers up when too much waits to be
+    /// written: not for threads that others wait for. A device may always answer `Ok(false)`.
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<bool, BlockError> {
+        let _ = (offset, data);
+        Ok(false)
+    }
+
     /// Writes `data` at `offset`.
     async fn write_at(&self, offset: u64, data: Bytes) -> Result<(), BlockError>;
 

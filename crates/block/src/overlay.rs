@@ -181,12 +181,23 @@ impl Cache {
     /// Puts a change into the file and then its blocks into the bitmap. Blocks.
     fn apply(&self, offset: u64, change: &Change) -> Result<(), BlockError> {
         match change {
-            Change::Data(data) => self.file.write(offset, data)?,
+            Change::Data(data) => return self.write(offset, data),
             // Also where nothing was written: a write that failed may have left bytes there.
             Change::Zeros(len, how) => self.file.zero(offset, *len, *how)?,
         }
-        self.dirty.set(offset / BLOCK_SIZE..(offset + change.len()).div_ceil(BLOCK_SIZE));
+        self.mark(offset, change.len());
         Ok(())
+    }
+
+    /// Puts data into the file and then its blocks into the bitmap. Blocks.
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
+        self.file.write(offset, data)?;
+        self.mark(offset, data.len() as u64);
+        Ok(())
+    }
+
+    fn mark(&self, offset: u64, len: u64) {
+        self.dirty.set(offset / BLOCK_SIZE..(offset + len).div_ceil(BLOCK_SIZE));
     }
 }
 
@@ -234,6 +245,22 @@ impl ReadDevice for Overlay {
 
 #[async_trait]
 impl BlockDevice for Overlay {
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<bool, BlockError> {
+        let len = data.len() as u64;
+        check_range(offset, len, self.size())?;
+        if len == 0 {
+            return Ok(true);
+        }
+        // Held by a change that brings up the rest of a block, or wanted by one.
+        let Ok(_shared) = self.changes.try_read() else { return Ok(false) };
+        let (before, after) = self.missing(offset, len);
+        if !(before.is_empty() && after.is_empty()) {
+            return Ok(false);
+        }
+        self.cache.write(offset, data)?;
+        Ok(true)
+    }
+
     async fn write_at(&self, offset: u64, data: Bytes) -> Result<(), BlockError> {
         self.change(offset, Change::Data(data)).await
     }

@@ -23,7 +23,8 @@ use nidus_block::{
 use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, duplex, split},
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
     sync::Notify,
     time::timeout,
 };
@@ -360,9 +361,8 @@ async fn the_socket_is_for_whom_it_was_made_and_goes_with_the_server() {
 }
 
 async fn serve_bytes(device: Arc<Overlay>, input: Vec<u8>) -> Result<(), SessionError> {
-    let (ours, theirs) = duplex(1 << 16);
-    let (server_reader, server_writer) = split(theirs);
-    let (mut reader, mut writer) = split(ours);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (mut reader, mut writer) = ours.into_split();
     let export = Export::new("root", device);
     let stop = CancellationToken::new();
     let client = async {
@@ -372,9 +372,10 @@ async fn serve_bytes(device: Arc<Overlay>, input: Vec<u8>) -> Result<(), Session
             let _ = writer.write_all(&input).await;
             let _ = writer.shutdown().await;
         };
-        tokio::join!(send, tokio::io::copy(&mut reader, &mut sink)).1.unwrap();
+        // A connection closed with input unread is reset.
+        let _ = tokio::join!(send, tokio::io::copy(&mut reader, &mut sink));
     };
-    let server = async { serve(server_reader, server_writer, &export, &stop).await };
+    let server = serve(theirs, &export, &stop);
     let (end, ()) = timeout(SOON, async { tokio::join!(server, client) }).await.expect("the session hangs");
     end
 }

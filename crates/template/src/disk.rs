@@ -34,8 +34,7 @@ impl DiskServer {
         let stop = CancellationToken::new();
         let (export, token) = (Export::new(EXPORT, device), stop.clone());
         let task = tokio::spawn(async move {
-            let (reader, writer) = stream.into_split();
-            if let Err(error) = serve(reader, writer, &export, &token).await {
+            if let Err(error) = serve(stream, &export, &token).await {
                 tracing::debug!(%error, "the VMM left its disk");
             }
         });

@@ -25,14 +25,14 @@ const fn random(name: &'static str, write: bool, depth: usize, count: u64) -> Ca
 }
 
 const fn sequential(name: &'static str, write: bool, depth: usize) -> Case {
-    Case { name, write, random: false, len: 1 << 20, depth, count: SIZE >> 20 }
+    Case { name, write, random: false, len: 1 << 20, depth, count: (SIZE >> 20) / 2 }
 }
 
 pub const CASES: [Case; 8] = [
-    random("4 KiB random read, 1 in flight", false, 1, 15_000),
-    random("4 KiB random read, 32 in flight", false, 32, 60_000),
-    random("4 KiB random write, 1 in flight", true, 1, 10_000),
-    random("4 KiB random write, 32 in flight", true, 32, 30_000),
+    random("4 KiB random read, 1 in flight", false, 1, 8_000),
+    random("4 KiB random read, 32 in flight", false, 32, 40_000),
+    random("4 KiB random write, 1 in flight", true, 1, 6_000),
+    random("4 KiB random write, 32 in flight", true, 32, 16_000),
     sequential("1 MiB sequential read, 1 in flight", false, 1),
     sequential("1 MiB sequential read, 4 in flight", false, 4),
     sequential("1 MiB sequential write, 1 in flight", true, 1),

@@ -28,6 +28,11 @@ impl BufferPool {
         Buffer { bytes, len, pool: self.clone() }
     }
 
+    /// Whether more memory is kept than an idle connection should.
+    pub(super) fn is_large(&self) -> bool {
+        self.free.lock().iter().map(Vec::len).sum::<usize>() > KEEP_IDLE
+    }
+
     /// Gives most of the kept memory back.
     pub(super) fn shrink(&self) {
         self.keep(KEEP_IDLE);
@@ -56,6 +61,12 @@ impl std::ops::Deref for Buffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         &self.bytes[..self.len]
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        self
     }
 }
 

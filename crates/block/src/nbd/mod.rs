@@ -10,10 +10,13 @@
 
 mod buffer;
 mod handshake;
+mod input;
 pub mod kernel;
+mod pace;
 mod reply;
 mod server;
 mod session;
+mod slow;
 mod transmission;
 pub mod wire;
 

@@ -1,8 +1,6 @@
 //! Replies of the transmission phase, and sending many of them with few system calls.
 
-use std::io::{self, IoSlice};
-
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use std::io::{self, IoSlice, Write};
 
 use super::{
     buffer::Buffer,
@@ -100,21 +98,24 @@ impl Reply {
     }
 }
 
-/// Sends up to [`BATCH`] replies.
-pub(super) async fn send<W: AsyncWrite + Unpin>(writer: &mut W, replies: &[Reply]) -> io::Result<()> {
-    debug_assert!(replies.len() <= BATCH);
-    let mut slices = [IoSlice::new(&[]); 2 * BATCH];
-    let mut count = 0;
-    for slice in replies.iter().flat_map(Reply::slices).filter(|s| !s.is_empty()) {
-        slices[count] = IoSlice::new(slice);
-        count += 1;
-    }
-    let mut rest = &mut slices[..count];
-    while !rest.is_empty() {
-        match writer.write_vectored(rest).await? {
-            0 => return Err(io::ErrorKind::WriteZero.into()),
-            n => IoSlice::advance_slices(&mut rest, n),
+/// Sends replies in their order. Blocks until the socket has taken them.
+pub(super) fn send(mut writer: impl Write, replies: &[Reply]) -> io::Result<()> {
+    for batch in replies.chunks(BATCH) {
+        let mut slices = [IoSlice::new(&[]); 2 * BATCH];
+        let mut count = 0;
+        for slice in batch.iter().flat_map(Reply::slices).filter(|s| !s.is_empty()) {
+            slices[count] = IoSlice::new(slice);
+            count += 1;
+        }
+        let mut rest = &mut slices[..count];
+        while !rest.is_empty() {
+            match writer.write_vectored(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => IoSlice::advance_slices(&mut rest, n),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
         }
     }
-    writer.flush().await
+    Ok(())
 }

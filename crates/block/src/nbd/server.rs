@@ -197,10 +197,9 @@ impl Acceptor {
 }
 
 async fn connection(stream: UnixStream, export: Export, stop: CancellationToken, abort: CancellationToken) {
-    let (reader, writer) = stream.into_split();
     tokio::select! {
         () = abort.cancelled() => {}
-        result = serve(reader, writer, &export, &stop) => match result {
+        result = serve(stream, &export, &stop) => match result {
             Ok(()) => {}
             Err(error) => debug!(%error, "an NBD connection ended early"),
         },

@@ -1,294 +1,275 @@
-//! The transmission phase: requests in, replies out.
+//! The transmission phase: requests in, replies out, by a thread of the connection's own.
 //!
-//! Three loops run in one task, so that a request crosses no thread that it need not cross. The
-//! first reads requests, and answers at once what needs no waiting. The second works on the others,
-//! all at the same time. The third sends replies, as many as there are with each system call. The
-//! first waits when too many requests, or too many bytes of them, are unanswered.
+//! The thread waits in the socket, and answers at once what needs no waiting: reads and writes of
+//! cached data, which are nearly all. So a request costs three system calls and wakes nobody but its
+//! client; many that came together share the first and the last. What has to wait for a disk or a
+//! network runs on the runtime ([`Slow`]); while there is such a request, the thread waits for it and
+//! for the socket.
+//!
+//! Writes go to the page cache on the thread too. Where the kernel holds writers up, only this
+//! connection waits, and its next writes go to the runtime for a while, so that reads pass them.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use futures::{StreamExt, stream::FuturesUnordered};
-use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, BufReader},
-    sync::{Semaphore, mpsc},
-    time::timeout,
-};
-use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use bytes::Bytes;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::runtime::Handle;
+use tracing::debug;
 
 use super::{
     SessionError,
-    buffer::{Buffer, BufferPool},
-    handshake::Agreed,
+    buffer::BufferPool,
+    input::Input,
+    pace::Pace,
     reply::{BATCH, Reply, send},
-    wire::{Action, Errno, MAX_PAYLOAD, REQUEST_LEN, Request, command},
+    slow::{Context, Slow, Task, cost},
+    wire::{Action, MAX_PAYLOAD, REQUEST_LEN, Request, command},
 };
-use crate::{BlockDevice, BlockError, Zeroing};
+use crate::{BLOCK_SIZE, Zeroing};
 
 /// The most requests of one connection that are unanswered at a time.
 const MAX_IN_FLIGHT: usize = 64;
 /// The most payload bytes of one connection that are in memory at a time: those of the longest
 /// request.
 const MAX_BYTES: usize = MAX_PAYLOAD as usize;
-/// After so many bytes read without waiting, other tasks get their turn.
-const TURN: usize = 1 << 20;
-/// A connection without replies for so long gives its buffers back.
-const IDLE: Duration = Duration::from_secs(1);
+/// Replies of so many bytes are sent although more requests have come: the client can begin.
+const ENOUGH_TO_SEND: usize = 256 << 10;
+/// Long writes are written in pieces of this size while the rest is on its way. It stays in the
+/// processor's cache between the two.
+const PIECE: u64 = 256 << 10;
+/// A connection without requests for so long gives its buffers back.
+const IDLE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// What the three loops share.
-struct Session {
-    device: Arc<dyn BlockDevice>,
-    structured: bool,
-    /// Free places for requests and for their bytes.
-    requests: Semaphore,
-    bytes: Semaphore,
+/// One connection.
+pub(super) struct Transmission {
+    stream: UnixStream,
+    input: Input,
+    context: Arc<Context>,
+    slow: Slow,
     pool: Arc<BufferPool>,
-    /// A device error was logged: a guest must not fill the log by repeating a request.
-    warned: AtomicBool,
+    /// Not sent yet.
+    replies: Vec<Reply>,
+    /// The payload bytes that they hold.
+    reply_bytes: usize,
+    pace: Pace,
 }
 
-/// A request that may have to wait.
-struct Work {
-    request: Request,
-    task: Task,
-}
+impl Transmission {
+    /// A connection on which `early` was received before.
+    pub(super) fn new(
+        stream: UnixStream,
+        early: &[u8],
+        context: Context,
+        runtime: Handle,
+    ) -> io::Result<Self> {
+        let context = Arc::new(context);
+        Ok(Self {
+            stream,
+            input: Input::new(early),
+            slow: Slow::new(runtime, context.clone())?,
+            context,
+            pool: Arc::default(),
+            replies: Vec::with_capacity(BATCH),
+            reply_bytes: 0,
+            pace: Pace::default(),
+        })
+    }
 
-enum Task {
-    Read(Buffer),
-    Write { data: Bytes, durable: bool },
-    Zero { how: Option<Zeroing>, durable: bool },
-    Flush,
-}
-
-/// Serves requests until the client disconnects or `stop` is cancelled.
-pub(super) async fn transmit<R, W>(
-    reader: BufReader<R>,
-    writer: W,
-    device: Arc<dyn BlockDevice>,
-    agreed: Agreed,
-    stop: &CancellationToken,
-) -> Result<(), SessionError>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    let session = Session {
-        device,
-        structured: agreed.structured,
-        requests: Semaphore::new(MAX_IN_FLIGHT),
-        bytes: Semaphore::new(MAX_BYTES),
-        pool: Arc::default(),
-        warned: AtomicBool::new(false),
-    };
-    let session = &session;
-    // Neither queue needs a bound of its own: each request is in one of them at most, once.
-    let (work_tx, work_rx) = mpsc::unbounded_channel();
-    let (reply_tx, reply_rx) = mpsc::unbounded_channel();
-    // Each loop owns its ends of the queues: when the first returns, the second finishes what is
-    // in flight and returns, and then the third.
-    let early_replies = reply_tx.clone();
-    // The end of the requests, for whatever reason, must not keep replies from being sent.
-    let reading = async { Ok(session.read_requests(reader, work_tx, early_replies, stop).await) };
-    let working = async {
-        session.work(work_rx, reply_tx).await;
-        Ok(())
-    };
-    let (end, (), ()) = tokio::try_join!(reading, working, session.send_replies(writer, reply_rx))?;
-    end
-}
-
-impl Session {
-    async fn read_requests<R: AsyncRead + Unpin>(
-        &self,
-        mut reader: BufReader<R>,
-        work: mpsc::UnboundedSender<Work>,
-        replies: mpsc::UnboundedSender<Reply>,
-        stop: &CancellationToken,
-    ) -> Result<(), SessionError> {
-        let stopped = stop.cancelled();
-        tokio::pin!(stopped);
-        let mut inline_bytes = 0;
+    /// Serves requests until the client disconnects or the socket is shut down. What is in flight then
+    /// is finished, and answered if the client still takes answers. Blocks.
+    pub(super) fn run(mut self) -> Result<(), SessionError> {
+        let mut end = self.serve();
         loop {
-            if reader.buffer().len() < REQUEST_LEN {
-                let available = tokio::select! {
-                    biased;
-                    () = &mut stopped => return Ok(()),
-                    available = reader.fill_buf() => available?,
-                };
-                if available.is_empty() {
-                    return Ok(());
-                }
-                inline_bytes = 0;
+            let told = self.collect().and(self.flush());
+            end = end.and_then(|()| Ok(told?));
+            if self.slow.running() == 0 {
+                return end;
             }
-            let mut bytes = [0; REQUEST_LEN];
-            reader.read_exact(&mut bytes).await?;
-            let request = Request::parse(&bytes).ok_or(SessionError::BadMagic)?;
-            let carries = match request.command {
-                command::READ | command::WRITE => request.len.min(MAX_PAYLOAD),
-                _ => 0,
-            };
+            self.slow.wait(None)?;
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), SessionError> {
+        loop {
+            while self.input.available().len() < REQUEST_LEN {
+                if !self.receive()? {
+                    let empty = self.input.available().is_empty();
+                    return if empty {
+                        Ok(())
+                    } else {
+                        Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
+                    };
+                }
+            }
+            let Some((head, _)) = self.input.available().split_first_chunk::<REQUEST_LEN>() else { continue };
+            let request = Request::parse(head).ok_or(SessionError::BadMagic)?;
+            self.input.consume(REQUEST_LEN);
             if request.command == command::WRITE && request.len > MAX_PAYLOAD {
                 return Err(SessionError::WriteTooLong(request.len));
             }
-            self.occupy(carries).await;
-            let data = match request.command {
-                command::WRITE => read_payload(&mut reader, request.len as usize).await?,
-                _ => Bytes::new(),
-            };
-            let task = match request.action(self.device.size(), self.structured) {
+            self.occupy(&request)?;
+            let action = match request.action(self.context.device.size(), self.context.structured) {
+                Ok(Action::Disconnect) => return Ok(()),
+                Ok(action) => action,
                 Err(refusal) => {
                     debug!(?request, reason = refusal.1, "refused a request");
-                    let reply = Reply::error(request.cookie, refusal.0, refusal.1, carries, self.structured);
-                    let _ = replies.send(reply);
+                    if request.command == command::WRITE {
+                        self.skip(request.len.into())?;
+                    }
+                    let (cookie, structured) = (request.cookie, self.context.structured);
+                    self.reply(Reply::error(cookie, refusal.0, refusal.1, 0, structured));
                     continue;
                 }
-                Ok(Action::Disconnect) => return Ok(()),
-                Ok(Action::Read) => {
-                    let mut buffer = self.pool.take(request.len as usize);
-                    match self.device.try_read_at(request.offset, &mut buffer) {
-                        Ok(false) => Task::Read(buffer),
-                        result => {
-                            inline_bytes += buffer.len();
-                            let _ = replies.send(self.read_reply(&request, result.map(|_| buffer)));
-                            if inline_bytes >= TURN {
-                                inline_bytes = 0;
-                                tokio::task::yield_now().await;
-                            }
-                            continue;
-                        }
-                    }
-                }
-                Ok(Action::Write { durable }) => Task::Write { data, durable },
-                Ok(Action::WriteZeroes { durable, may_punch }) => {
+            };
+            match action {
+                Action::Read => self.read(request),
+                Action::Write { durable } => self.write(request, durable)?,
+                Action::WriteZeroes { durable, may_punch } => {
                     let how = if may_punch { Zeroing::Hole } else { Zeroing::Allocate };
-                    Task::Zero { how: Some(how), durable }
+                    self.slow.start(request, Task::Zero { how: Some(how), durable });
                 }
-                Ok(Action::Trim { durable }) => Task::Zero { how: None, durable },
-                Ok(Action::Flush) => Task::Flush,
-            };
-            let _ = work.send(Work { request, task });
+                Action::Trim { durable } => self.slow.start(request, Task::Zero { how: None, durable }),
+                Action::Flush => self.slow.start(request, Task::Flush),
+                Action::Disconnect => return Ok(()),
+            }
         }
     }
 
-    async fn work(&self, mut work: mpsc::UnboundedReceiver<Work>, replies: mpsc::UnboundedSender<Reply>) {
-        let mut running = FuturesUnordered::new();
+    /// Receives more, after all that can be answered is. `false`: nothing will come any more.
+    fn receive(&mut self) -> Result<bool, SessionError> {
         loop {
-            tokio::select! {
-                Some(reply) = running.next() => { let _ = replies.send(reply); }
-                next = work.recv() => match next {
-                    Some(work) => running.push(self.run(work)),
-                    None => break,
-                },
-            }
-        }
-        while let Some(reply) = running.next().await {
-            let _ = replies.send(reply);
-        }
-    }
-
-    async fn run(&self, Work { request, task }: Work) -> Reply {
-        let (offset, len) = (request.offset, u64::from(request.len));
-        let (result, durable) = match task {
-            Task::Read(mut buffer) => {
-                let result = self.device.read_at(offset, &mut buffer).await;
-                return self.read_reply(&request, result.map(|()| buffer));
-            }
-            Task::Write { data, durable } => (self.device.write_at(offset, data).await, durable),
-            Task::Zero { how: Some(how), durable } => {
-                (self.device.write_zeroes(offset, len, how).await, durable)
-            }
-            Task::Zero { how: None, durable } => (self.device.trim(offset, len).await, durable),
-            Task::Flush => (self.device.flush().await, false),
-        };
-        let result = match result {
-            Ok(()) if durable => self.device.flush().await,
-            result => result,
-        };
-        let cost = if request.command == command::WRITE { request.len } else { 0 };
-        match result {
-            Ok(()) => Reply::done(request.cookie, cost),
-            Err(e) => self.failure(&request, &e, cost),
-        }
-    }
-
-    fn read_reply(&self, request: &Request, result: Result<Buffer, BlockError>) -> Reply {
-        match result {
-            Ok(data) => Reply::data(request.cookie, request.offset, data, request.len, self.structured),
-            Err(e) => self.failure(request, &e, request.len),
-        }
-    }
-
-    /// The reply for a device error. The client is told the kind; paths of the host are for the log.
-    fn failure(&self, request: &Request, error: &BlockError, cost: u32) -> Reply {
-        let (errno, text) = match error {
-            BlockError::NoSpace { .. } => (Errno::NoSpace, "no space left on the host's disk"),
-            BlockError::OutOfRange { .. } => (Errno::Invalid, "beyond the end of the device"),
-            BlockError::Shutdown => (Errno::Shutdown, "the server is shutting down"),
-            BlockError::Truncated { .. } | BlockError::Io { .. } => {
-                (Errno::Io, "input/output error on the host")
-            }
-        };
-        if self.warned.swap(true, Ordering::Relaxed) {
-            debug!(?request, %error, "a request failed");
-        } else {
-            warn!(?request, %error, "a request failed; later failures of this connection are logged at debug level");
-        }
-        Reply::error(request.cookie, errno, text, cost, self.structured)
-    }
-
-    async fn send_replies<W: AsyncWrite + Unpin>(
-        &self,
-        mut writer: W,
-        mut replies: mpsc::UnboundedReceiver<Reply>,
-    ) -> Result<(), SessionError> {
-        let mut batch = Vec::with_capacity(BATCH);
-        loop {
-            let count = match timeout(IDLE, replies.recv_many(&mut batch, BATCH)).await {
-                Ok(count) => count,
-                Err(_) => {
-                    self.pool.shrink();
-                    replies.recv_many(&mut batch, BATCH).await
+            self.flush()?;
+            if self.slow.running() > 0 {
+                let ready = self.slow.wait(Some(&self.stream))?;
+                self.collect()?;
+                self.flush()?;
+                if !ready.input {
+                    continue;
                 }
-            };
-            if count == 0 {
-                return Ok(());
+            } else if self.pool.is_large() || self.input.is_large() {
+                self.shrink_when_idle()?;
             }
-            send(&mut writer, &batch).await?;
-            self.requests.add_permits(count);
-            self.bytes.add_permits(batch.drain(..).map(|reply| reply.cost as usize).sum());
+            return Ok(self.input.receive(&self.stream)? > 0);
         }
     }
 
-    /// Waits for a place for a request and its bytes; the sent reply frees them.
-    async fn occupy(&self, bytes: u32) {
-        // The semaphores are never closed.
-        if let Ok(permit) = self.requests.acquire().await {
-            permit.forget();
+    fn shrink_when_idle(&mut self) -> io::Result<()> {
+        if poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], Some(&IDLE)) == Ok(0) {
+            self.pool.shrink();
+            self.input.shrink();
         }
-        if bytes > 0
-            && let Ok(permit) = self.bytes.acquire_many(bytes).await
+        Ok(())
+    }
+
+    /// Waits for a place for a request and its bytes.
+    fn occupy(&mut self, request: &Request) -> Result<(), SessionError> {
+        // A read of more than that is going to be refused.
+        let bytes = cost(request).min(MAX_PAYLOAD) as usize;
+        if self.replies.len() >= BATCH || self.reply_bytes >= ENOUGH_TO_SEND {
+            self.flush()?;
+        }
+        while self.slow.running() + self.replies.len() >= MAX_IN_FLIGHT
+            || (bytes > 0 && self.slow.bytes() + self.reply_bytes + bytes > MAX_BYTES)
         {
-            permit.forget();
+            if self.replies.is_empty() {
+                self.slow.wait(None)?;
+                self.collect()?;
+            }
+            self.flush()?;
         }
+        Ok(())
     }
-}
 
-/// Reads the payload of a write, into memory that is not cleared first.
-async fn read_payload<R: AsyncRead + Unpin>(reader: &mut BufReader<R>, len: usize) -> io::Result<Bytes> {
-    let mut data = BytesMut::with_capacity(len);
-    while data.len() < len {
-        let rest = len - data.len();
-        if reader.read_buf(&mut (&mut data).limit(rest)).await? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+    fn read(&mut self, request: Request) {
+        let mut buffer = self.pool.take(request.len as usize);
+        match self.context.device.try_read_at(request.offset, &mut buffer) {
+            Ok(false) => self.slow.start(request, Task::Read(buffer)),
+            result => {
+                self.reply(self.context.read_reply(&request, result.map(|_| buffer)));
+            }
         }
     }
-    Ok(data.freeze())
+
+    fn write(&mut self, request: Request, durable: bool) -> Result<(), SessionError> {
+        let end = request.offset + u64::from(request.len);
+        let mut at = request.offset;
+        // Received, but not taken by the device.
+        let mut left = None;
+        while !durable && at < end && self.pace.inline(Instant::now()) {
+            // Pieces begin and end with blocks: else the device would have to read.
+            let next = ((at + PIECE) / BLOCK_SIZE * BLOCK_SIZE).min(end);
+            let len = (next - at) as usize;
+            let written = if let Some(piece) = self.input.available().get(..len) {
+                let written = self.pace.time(|| self.context.device.try_write_at(at, piece));
+                if !matches!(written, Ok(false)) {
+                    self.input.consume(len);
+                }
+                written
+            } else {
+                let mut piece = self.pool.take(len);
+                self.input.take(&self.stream, &mut piece)?;
+                let written = self.pace.time(|| self.context.device.try_write_at(at, &piece));
+                left = Some(piece).filter(|_| matches!(written, Ok(false)));
+                written
+            };
+            match written {
+                Ok(true) => at = next,
+                Ok(false) => break,
+                Err(error) => {
+                    self.skip(end - next)?;
+                    self.reply(self.context.done_reply(&request, Err(error), cost(&request)));
+                    return Ok(());
+                }
+            }
+        }
+        if at == end && !durable {
+            self.reply(self.context.done_reply(&request, Ok(()), cost(&request)));
+            return Ok(());
+        }
+        let mut rest = self.pool.take((end - at) as usize);
+        let mut begin = 0;
+        if let Some(piece) = left {
+            begin = piece.len();
+            rest[..begin].copy_from_slice(&piece);
+        }
+        self.input.take(&self.stream, &mut rest[begin..])?;
+        self.slow.start(request, Task::Write { offset: at, data: Bytes::from_owner(rest), durable });
+        Ok(())
+    }
+
+    fn reply(&mut self, reply: Reply) {
+        self.reply_bytes += reply.cost as usize;
+        self.replies.push(reply);
+    }
+
+    fn collect(&mut self) -> io::Result<()> {
+        let before = self.replies.len();
+        let result = self.slow.collect(&mut self.replies);
+        self.reply_bytes += self.replies[before..].iter().map(|r| r.cost as usize).sum::<usize>();
+        result
+    }
+
+    /// Sends all replies. Blocks while the client does not take them.
+    fn flush(&mut self) -> io::Result<()> {
+        if self.replies.is_empty() {
+            return Ok(());
+        }
+        let sent = send(&self.stream, &self.replies);
+        self.replies.clear();
+        self.reply_bytes = 0;
+        sent
+    }
+
+    /// Receives payload that nobody wants.
+    fn skip(&mut self, mut len: u64) -> Result<(), SessionError> {
+        while len > 0 {
+            let mut piece = self.pool.take(len.min(PIECE) as usize);
+            self.input.take(&self.stream, &mut piece)?;
+            len -= piece.len() as u64;
+        }
+        Ok(())
+    }
 }

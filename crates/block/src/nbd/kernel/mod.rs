@@ -64,7 +64,7 @@ impl PoolConfig {
 /// How a device is attached. Times are counted in whole seconds by the kernel.
 #[derive(Debug, Clone)]
 pub struct AttachOptions {
-    /// Connections, 1 to 16: the kernel has a queue for each.
+    /// Connections, 1 to 16: the kernel has a queue for each, and the server a thread.
     pub connections: usize,
     /// How long requests wait for a connection when there is none, before they fail.
     pub dead_connection_timeout: Duration,
@@ -76,7 +76,7 @@ pub struct AttachOptions {
 impl Default for AttachOptions {
     fn default() -> Self {
         Self {
-            connections: 4,
+            connections: 2,
             dead_connection_timeout: Duration::from_secs(5),
             request_timeout: Duration::from_secs(30),
         }

@@ -94,10 +94,10 @@ impl Supervisor {
     fn add(&mut self) -> io::Result<OwnedFd> {
         let (ours, kernels) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        let (reader, writer) = UnixStream::from_std(ours)?.into_split();
+        let stream = UnixStream::from_std(ours)?;
         let export = self.export.clone();
         let serving = async move {
-            match serve_transmission(reader, writer, &export, &CancellationToken::new()).await {
+            match serve_transmission(stream, &export, &CancellationToken::new()).await {
                 Ok(()) => debug!("the kernel closed a connection"),
                 Err(error) => debug!(%error, "a connection ended early"),
             }
