@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BUILT := target/x86_64-unknown-linux-gnu/release
 
-.PHONY: help setup build demo test lint unit conformance bench clean
+.PHONY: help setup build demo test lint unit testbed conformance bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ lint: ## formatting and clippy, warnings are errors
 
 unit: ## the crates' own tests
 	cargo test --release --workspace
+
+testbed: setup ## tests that need KVM and kernel NBD, in an emulated machine
+	cargo run --release -q -p nidus-testbed -- test --workspace
 
 conformance: build ## the official SDKs and a daemon under stress, on real VMs
 	@conformance/run.sh

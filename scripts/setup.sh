@@ -29,6 +29,7 @@ need python3 python3
 need curl curl
 need qemu-img qemu-utils
 need qemu-nbd qemu-utils
+need nbdkit nbdkit
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || wanted+=(libc6-dev)
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || wanted+=(debian-archive-keyring)
 python3 -c 'import venv, ensurepip' 2>/dev/null || wanted+=(python3-venv)

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 pub use build::TemplateSpec;
 pub use error::ApiError;
-pub use nodes::Nodes;
+pub use nodes::{Nodes, VMM_LABEL};
 pub use server::serve;
 pub use store::{ApiKey, NewKey, Store, StoreError};
 

@@ -1,9 +1,11 @@
 //! Lists in pages, and what they are filtered by.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use nidus_proto::node::RunningSandbox;
+use percent_encoding::percent_decode_str;
 
 use crate::ApiError;
 
@@ -57,9 +59,14 @@ pub fn id(s: &RunningSandbox) -> &str {
     s.config.as_ref().map_or(&s.sandbox_id, |c| &c.sandbox_id)
 }
 
-/// `a=b&c=d`, percent-encoded within the parameter.
+/// `a=b&c=d`, percent-encoded within the parameter. The SDKs encode names and values, and then the
+/// pairs of them once more.
 pub fn metadata(text: &str) -> HashMap<String, String> {
-    form_urlencoded::parse(text.as_bytes()).into_owned().filter(|(k, _)| !k.is_empty()).collect()
+    let again = |t: &str| percent_decode_str(t).decode_utf8().map_or_else(|_| t.to_owned(), Cow::into_owned);
+    form_urlencoded::parse(text.as_bytes())
+        .filter(|(k, _)| !k.is_empty())
+        .map(|(k, v)| (again(&k), again(&v)))
+        .collect()
 }
 
 impl Query {
@@ -174,6 +181,14 @@ mod tests {
             }
             prop_assert_eq!(seen, expected);
         }
+    }
+
+    #[test]
+    fn metadata_encoded_once_or_twice() {
+        for text in ["odd=a%26b%3Dc+d%2F%C5%BE", "odd=a%2526b%253Dc%2520d%2F%25C5%25BE"] {
+            assert_eq!(metadata(text), HashMap::from([("odd".into(), "a&b=c d/\u{17e}".into())]), "{text}");
+        }
+        assert_eq!(metadata("p=100%25")["p"], "100%");
     }
 
     #[test]

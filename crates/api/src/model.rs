@@ -121,6 +121,11 @@ pub struct TimeoutRequest {
 }
 
 #[derive(Debug, Default, Deserialize)]
+pub struct ConnectRequest {
+    pub timeout: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
 pub struct RefreshRequest {
     pub duration: Option<i64>,
 }

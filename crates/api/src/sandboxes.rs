@@ -19,7 +19,8 @@ use crate::auth::Team;
 use crate::input::{Input, OptionalInput};
 use crate::list::{self, Query};
 use crate::model::{
-    Lifecycle, ListedSandbox, Network, NewSandbox, RefreshRequest, Sandbox, SandboxDetail, TimeoutRequest,
+    ConnectRequest, Lifecycle, ListedSandbox, Network, NewSandbox, RefreshRequest, Sandbox, SandboxDetail,
+    TimeoutRequest,
 };
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
 use crate::{Api, ApiError};
@@ -151,6 +152,7 @@ impl Api {
             }
         }
         let (template, build) = self.usable(&team.id, &new.template_id).await?;
+        self.nodes.check_runs(&build.vmm_version).await?;
         let now = Utc::now();
         let network = network(new.network)?;
         let config = SandboxConfig {
@@ -387,9 +389,23 @@ pub async fn connect(
     Path(id): Path<String>,
     Input(request): Input<TimeoutRequest>,
 ) -> Result<Json<Sandbox>, ApiError> {
-    let length = api.timeout(request.timeout)?;
-    let s = api.find(&team, &id).await?;
-    extend(&api, &s, length).await?;
+    connect_for(&api, &team, &id, request.timeout).await
+}
+
+pub async fn connect_v2(
+    State(api): Shared,
+    team: Team,
+    Path(id): Path<String>,
+    OptionalInput(request): OptionalInput<ConnectRequest>,
+) -> Result<Json<Sandbox>, ApiError> {
+    let default = api.config.default_timeout.as_secs().cast_signed();
+    connect_for(&api, &team, &id, request.timeout.unwrap_or(default)).await
+}
+
+async fn connect_for(api: &Api, team: &Team, id: &str, seconds: i64) -> Result<Json<Sandbox>, ApiError> {
+    let length = api.timeout(seconds)?;
+    let s = api.find(team, id).await?;
+    extend(api, &s, length).await?;
     Ok(Json(api.answer(&s)))
 }
 

@@ -14,6 +14,7 @@ mod file;
 pub mod header;
 pub mod nbd;
 mod overlay;
+pub mod ublk;
 
 pub use bitmap::DirtyBlocks;
 pub use device::{BlockDevice, BlockError, ReadDevice, Zeroing};

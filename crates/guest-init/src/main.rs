@@ -63,9 +63,10 @@ fn start() -> Result<(), Failure> {
     supervise::run(&envd)
 }
 
-/// Writes a line to the console, through the kernel's log so that it comes in order.
+/// Writes a line to the console, through the kernel's log so that it comes in order. As an error:
+/// a kernel that was told to be quiet shows nothing less.
 fn say(text: &str) {
-    if fs::write("/dev/kmsg", format!("<4>nidus: {text}\n")).is_err() {
+    if fs::write("/dev/kmsg", format!("<3>nidus: {text}\n")).is_err() {
         println!("nidus: {text}");
     }
 }

@@ -1,11 +1,12 @@
-//! Guest memory: the private mapping of a template's memfile and what was written to it.
+//! Guest memory: the memfile, what was written to its private mapping, and memory served by page faults.
 //!
 //! A VMM maps a template's [`Memfile`] private (copy-on-write), so that all sandboxes of a template
 //! share its unchanged pages through the page cache. [`pagemap::written_ranges`] finds the pages
-//! that one sandbox wrote.
+//! that one sandbox wrote. A VMM that resumes through userfaultfd (Firecracker) is served by [`uffd`].
 
 mod maps;
 mod memfile;
 pub mod pagemap;
+pub mod uffd;
 
 pub use memfile::{Memfile, MemfileError, PageSize};

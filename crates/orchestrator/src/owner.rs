@@ -49,6 +49,8 @@ pub(crate) async fn own(
             emit(&node, &entry, EventKind::Created, None);
             let _ = started.send(Ok(()));
             let reason = until_end(&entry, &sandbox).await;
+            // From here on it is neither listed nor routed to, whatever ended it.
+            entry.running.store(false, Relaxed);
             node.catalog.remove(&id);
             gone.cancel();
             let result = sandbox.kill().await;
@@ -96,8 +98,8 @@ async fn start(node: &Node, entry: &Entry, spec: SandboxSpec) -> Result<Sandbox,
 /// Waits for the first reason to end it, and says which.
 async fn until_end(entry: &Entry, sandbox: &Sandbox) -> String {
     let mut end = entry.end.subscribe();
-    let exited = sandbox.exited();
-    tokio::pin!(exited);
+    let failed = sandbox.failed();
+    tokio::pin!(failed);
     loop {
         let left = (*end.borrow_and_update() - Utc::now()).to_std().unwrap_or_default();
         if left.is_zero() {
@@ -108,7 +110,7 @@ async fn until_end(entry: &Entry, sandbox: &Sandbox) -> String {
             () = entry.kill.cancelled() => {
                 return entry.reason.lock().clone().unwrap_or_else(|| "killed".to_owned());
             }
-            status = &mut exited => return format!("the VM ended by itself ({status})"),
+            reason = &mut failed => return reason,
             _ = end.changed() => {}
             () = tokio::time::sleep(left.min(LOOK_AGAIN)) => {}
         }

@@ -12,10 +12,12 @@
 mod error;
 mod factory;
 mod machine;
+mod served;
 mod template;
 mod warm;
 
 pub use error::{CreateError, KillError};
 pub use factory::{Factory, FactoryConfig, Sandbox, SandboxSpec};
+pub use served::MemoryError;
 pub use template::OpenTemplate;
 pub use warm::WarmStats;

@@ -2,14 +2,19 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nidus_block::{FileDevice, ReadDevice};
+use nidus_memory::uffd::{MappedMemfile, PageSource, Recording};
+use nidus_memory::{Memfile, PageSize};
 use nidus_storage::{Artifact, BuildId, LocalStore};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::DriverId;
 
+use tokio::sync::OnceCell;
+
 use crate::CreateError;
+use crate::served::MemoryError;
 
 /// A build's metadata and open root disk; memfile and snapfile are opened anew for each VM, so
 /// that no two share a file position.
@@ -20,6 +25,10 @@ pub struct OpenTemplate {
     pub rootfs: Arc<dyn ReadDevice>,
     memfile: PathBuf,
     snapfile: PathBuf,
+    /// The memory for VMMs that have it served, mapped once for all.
+    pages: OnceCell<Arc<dyn PageSource>>,
+    /// What the first sandbox needed of it until envd answered.
+    recording: OnceLock<Recording>,
 }
 
 impl OpenTemplate {
@@ -49,12 +58,44 @@ impl OpenTemplate {
             let size = rootfs.size();
             return Err(damaged(format!("rootfs.ext4 has {size} bytes, expected {} MiB", metadata.disk_mb)));
         }
-        Ok(Self { metadata, rootfs: Arc::new(rootfs), memfile, snapfile })
+        Ok(Self {
+            metadata,
+            rootfs: Arc::new(rootfs),
+            memfile,
+            snapfile,
+            pages: OnceCell::new(),
+            recording: OnceLock::new(),
+        })
     }
 
     /// The memory file, read-only.
     pub fn open_memfile(&self) -> Result<File, CreateError> {
         open(&self.memfile)
+    }
+
+    /// The memory, page by page.
+    pub async fn page_source(&self) -> Result<Arc<dyn PageSource>, CreateError> {
+        let open = || async {
+            let path = self.memfile.clone();
+            let opened = tokio::task::spawn_blocking(move || {
+                let memfile = Memfile::open(path, PageSize::Small, None).map_err(std::io::Error::other)?;
+                MappedMemfile::open(&memfile)
+            });
+            let opened = opened.await.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+            let source: Arc<dyn PageSource> = Arc::new(opened.map_err(MemoryError::Source)?);
+            Ok::<_, CreateError>(source)
+        };
+        self.pages.get_or_try_init(open).await.cloned()
+    }
+
+    /// Pages that a sandbox needs first, once one has shown it.
+    pub fn recording(&self) -> Option<&Recording> {
+        self.recording.get()
+    }
+
+    /// Keeps the first recording.
+    pub fn record(&self, recording: impl FnOnce() -> Recording) {
+        self.recording.get_or_init(recording);
     }
 
     /// The device state, read-only.

@@ -82,7 +82,7 @@ impl Kernel {
     /// When guest-init or a module cannot be read, or `target` not be written.
     pub fn write_initramfs(&self, guest_init: &Path, target: &Path) -> Result<()> {
         let wrap = |e: io::Error| VmmError::io(format!("write the initramfs {}", target.display()), e);
-        let mut archive = Archive { out: Vec::new(), inode: 0 };
+        let mut archive = Archive::default();
         for dir in ["dev", "proc", "sys", "lib", "lib/modules", "newroot"] {
             archive.add(dir, 0o040_755, &[]).map_err(wrap)?;
         }
@@ -98,26 +98,42 @@ impl Kernel {
             }
         }
         archive.add("modules.order", 0o100_644, order.as_bytes()).map_err(wrap)?;
-        let bytes = cpio::newc::trailer(archive.out).map_err(wrap)?;
+        let bytes = archive.finish().map_err(wrap)?;
         let mut file = fs::File::create(target).map_err(wrap)?;
         file.write_all(&bytes).map_err(wrap)?;
         file.sync_all().map_err(wrap)
     }
 }
 
-struct Archive {
+/// An initramfs in the making: a newc cpio archive in memory.
+#[derive(Debug, Default)]
+pub struct Archive {
     out: Vec<u8>,
     inode: u32,
 }
 
 impl Archive {
-    fn add(&mut self, name: &str, mode: u32, data: &[u8]) -> io::Result<()> {
+    /// Adds a file or directory. `name` is relative to the root, its directory was added before;
+    /// `mode` has the kind of file as in stat(2).
+    ///
+    /// # Errors
+    /// When `data` is longer than the format can say (4 GiB).
+    pub fn add(&mut self, name: &str, mode: u32, data: &[u8]) -> io::Result<()> {
+        let len = u32::try_from(data.len()).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
         self.inode += 1;
         let builder = cpio::newc::Builder::new(name).ino(self.inode).mode(mode).nlink(1);
-        let mut w = builder.write(std::mem::take(&mut self.out), data.len() as u32);
+        let mut w = builder.write(std::mem::take(&mut self.out), len);
         w.write_all(data)?;
         self.out = w.finish()?;
         Ok(())
+    }
+
+    /// The archive's bytes.
+    ///
+    /// # Errors
+    /// None that is known: the archive is in memory.
+    pub fn finish(self) -> io::Result<Vec<u8>> {
+        cpio::newc::trailer(self.out)
     }
 }
 

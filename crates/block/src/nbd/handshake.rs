@@ -141,8 +141,8 @@ where
 }
 
 impl Export {
-    /// The export's size and transmission flags, as they stand in several answers.
-    fn size_and_flags(&self, structured: bool) -> [u8; 10] {
+    /// What the server can do, for a client with simple or structured replies.
+    pub(super) fn transmission_flags(&self, structured: bool) -> u16 {
         use transmission_flag as flag;
         let mut flags = flag::HAS_FLAGS
             | flag::SEND_FLUSH
@@ -153,9 +153,14 @@ impl Export {
         if structured {
             flags |= flag::SEND_DF;
         }
+        flags
+    }
+
+    /// The export's size and transmission flags, as they stand in several answers.
+    fn size_and_flags(&self, structured: bool) -> [u8; 10] {
         let mut out = [0; 10];
         out[..8].copy_from_slice(&self.device().size().to_be_bytes());
-        out[8..].copy_from_slice(&flags.to_be_bytes());
+        out[8..].copy_from_slice(&self.transmission_flags(structured).to_be_bytes());
         out
     }
 }

@@ -1,4 +1,4 @@
-//! An NBD server for one device on a unix socket.
+//! An NBD server for one device on a unix socket, and the kernel's NBD devices ([`kernel`]).
 //!
 //! It speaks the fixed newstyle handshake and both simple and structured replies, as in the
 //! protocol's specification (`doc/proto.md` of the NetworkBlockDevice/nbd repository); section
@@ -10,6 +10,7 @@
 
 mod buffer;
 mod handshake;
+pub mod kernel;
 mod reply;
 mod server;
 mod session;
@@ -18,4 +19,4 @@ pub mod wire;
 
 pub use handshake::HandshakeError;
 pub use server::{NbdServer, ServerError, SocketAccess};
-pub use session::{Export, SessionError, serve};
+pub use session::{Export, SessionError, serve, serve_transmission};

@@ -8,7 +8,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{HandshakeError, handshake::handshake, transmission::transmit};
+use super::{
+    HandshakeError,
+    handshake::{Agreed, handshake},
+    transmission::transmit,
+};
 use crate::BlockDevice;
 
 /// A client that has not chosen an export by then is sent away.
@@ -92,4 +96,20 @@ where
         Some(agreed) => transmit(reader, writer, export.device().clone(), agreed, stop).await,
         None => Ok(()),
     }
+}
+
+/// Like [`serve`], for a client that begins with the transmission phase and takes simple replies, as
+/// the kernel does: what a handshake agrees on is settled when the device is attached.
+pub async fn serve_transmission<R, W>(
+    reader: R,
+    writer: W,
+    export: &Export,
+    stop: &CancellationToken,
+) -> Result<(), SessionError>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let reader = BufReader::with_capacity(READ_BUFFER, reader);
+    transmit(reader, writer, export.device().clone(), Agreed { structured: false }, stop).await
 }

@@ -4,6 +4,7 @@
 pub mod args;
 pub mod probe;
 pub mod qmp;
+mod tsc;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -40,6 +41,8 @@ pub struct Qemu {
     accel: Accel,
     kvm_group: Option<u32>,
     cgroups: CgroupRoot,
+    /// Of the counter that guests see, where their kernels cannot be left to measure it.
+    tsc_khz: Option<u64>,
 }
 
 impl Qemu {
@@ -53,7 +56,11 @@ impl Qemu {
             Accel::Kvm => probe::device_group(Path::new("/dev/kvm")),
             Accel::Tcg => None,
         };
-        Ok(Self { program, version, accel, kvm_group, cgroups })
+        let tsc_khz = match accel {
+            Accel::Kvm => None,
+            Accel::Tcg => tokio::task::spawn_blocking(tsc::khz).await.unwrap_or_default(),
+        };
+        Ok(Self { program, version, accel, kvm_group, cgroups, tsc_khz })
     }
 
     async fn start(&self, config: VmConfig, boot: Option<&Boot>) -> Result<QemuVm> {
@@ -144,7 +151,11 @@ impl Vmm for Qemu {
     }
 
     async fn boot(&self, config: VmConfig, boot: &Boot) -> Result<Box<dyn Vm>> {
-        Ok(Box::new(self.start(config, Some(boot)).await?))
+        let mut boot = boot.clone();
+        if let Some(khz) = self.tsc_khz {
+            boot.cmdline.push_str(&format!(" tsc_early_khz={khz}"));
+        }
+        Ok(Box::new(self.start(config, Some(&boot)).await?))
     }
 
     async fn prepare(&self, config: VmConfig) -> Result<Box<dyn Vm>> {
