@@ -20,8 +20,8 @@ pub enum Memory {
     Own,
     /// The VMM's own memory, filled page by page by a server in the daemon (userfaultfd). While
     /// the state is loaded, the VMM's connection is handed over; on it comes one message, the
-    /// memory regions with the userfaultfd as ancillary data. The stream is in blocking mode. Whoever
-    /// receives it must serve at once: loading the state already touches pages.
+    /// memory regions with the userfaultfd as ancillary data. The stream is non-blocking, as tokio wants
+    /// it. Whoever receives it must serve at once: loading the state already touches pages.
     Served(oneshot::Sender<UnixStream>),
 }
 

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::{KernelFormat, Result, VmmError, kernel_image};
 
-/// Names of a kernel's image in its directory.
-const IMAGES: &[&str] = &["vmlinuz", "vmlinux.bin"];
+/// Names of a kernel's image in its directory: bzImage, ELF.
+const IMAGES: [&str; 2] = ["vmlinuz", "vmlinux.bin"];
 
 /// Modules that guest-init loads, in this order; those built into the kernel have no file.
 pub const MODULES: &[&str] = &[
@@ -32,9 +32,10 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The bzImage.
+    /// The bzImage; the ELF kernel where there is no other (QEMU boots that too).
     pub fn image(&self) -> PathBuf {
-        self.dir.join("vmlinuz")
+        let here = |name: &&&str| self.dir.join(name).is_file();
+        self.dir.join(IMAGES.iter().find(here).unwrap_or(&IMAGES[0]))
     }
 
     /// The ELF kernel, which is taken out of the bzImage at the first call and kept beside it.
@@ -43,7 +44,7 @@ impl Kernel {
     /// # Errors
     /// [`VmmError::KernelImage`] when there is none in the bzImage; when it cannot be written.
     pub fn elf(&self) -> Result<PathBuf> {
-        let elf = self.dir.join("vmlinux.bin");
+        let elf = self.dir.join(IMAGES[1]);
         if !elf.is_file() {
             kernel_image::extract(&self.image(), &elf)?;
         }

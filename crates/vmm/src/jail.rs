@@ -112,8 +112,11 @@ impl Jail {
             .map_err(failed("open", inside))
     }
 
-    /// A new, empty file that belongs to the process; the daemon's handle on it.
+    /// A new, empty file that belongs to the process, in place of any other; the daemon's handle
+    /// on it.
     pub fn own_file(&self, inside: Inside) -> Result<File> {
+        // Left by an exchange that was cancelled.
+        let _ = self.remove(inside);
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&self.root, inside, flags, Mode::from(0o600))
             .map_err(|e| failed("make", inside)(e.into()))?;

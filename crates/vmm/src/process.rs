@@ -177,25 +177,41 @@ impl Drop for Process {
     }
 }
 
+/// A process that has written this much is not listened to any more, for the reading costs the
+/// daemon's time.
+const OUTPUT_LIMIT: usize = 64 << 20;
+
 /// Reads both pipes until the first is closed by the process's end.
 fn drain(mut errors: impl Read + AsFd, mut log: Option<File>, tail: &Tail) {
     let mut buf = [0u8; 2048];
+    let mut left = OUTPUT_LIMIT;
     loop {
-        let mut wanted = vec![PollFd::new(errors.as_fd(), PollFlags::POLLIN)];
-        wanted.extend(log.as_ref().map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN)));
+        // The end is told in any case (POLLHUP).
+        let events = if left > 0 { PollFlags::POLLIN } else { PollFlags::empty() };
+        let mut wanted = vec![PollFd::new(errors.as_fd(), events)];
+        wanted.extend(log.as_ref().map(|l| PollFd::new(l.as_fd(), events)));
         match poll(&mut wanted, PollTimeout::NONE) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(_) => return,
         }
         let from_errors = wanted[0].any().unwrap_or_default();
+        let mut keep = |bytes: &[u8]| {
+            tail.push(bytes);
+            left = left.saturating_sub(bytes.len());
+            left > 0
+        };
         if let Some(log) = &mut log {
             while let Ok(n @ 1..) = log.read(&mut buf) {
-                tail.push(&buf[..n]);
+                if !keep(&buf[..n]) {
+                    break;
+                }
             }
         }
         if from_errors {
             match errors.read(&mut buf) {
-                Ok(n @ 1..) => tail.push(&buf[..n]),
+                Ok(n @ 1..) => {
+                    keep(&buf[..n]);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 _ => return,
             }
@@ -240,7 +256,7 @@ fn fork(spawn: Spawn) -> io::Result<Child> {
             }
             for capability in 0..=CAPABILITIES {
                 if libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) < 0 {
-                    break; // The kernel has no more.
+                    break; // The kernel has no more (or this container may not).
                 }
             }
             check(libc::setgroups(groups.len(), groups.as_ptr()))?;
@@ -252,16 +268,13 @@ fn fork(spawn: Spawn) -> io::Result<Child> {
             if libc::getppid() != daemon {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
-            // Whatever some library left open ends with exec.
-            let all = libc::syscall(
+            // Whatever some library left open ends with exec, too. Kernels before 5.11 cannot; what Rust has opened ends with exec in any case.
+            libc::syscall(
                 libc::SYS_close_range,
                 3 as libc::c_uint,
                 libc::c_uint::MAX,
                 libc::CLOSE_RANGE_CLOEXEC,
             );
-            if all < 0 {
-                return Err(io::Error::last_os_error());
-            }
             for fd in &keep_raw {
                 check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
             }

@@ -1,9 +1,15 @@
 //! Every typed request and answer against Firecracker's own description of its API: its
 //! `firecracker.yaml`, whose path is given by NIDUS_FIRECRACKER_API. Nothing of it is kept here.
 
+// A test program, though not one of libtest's.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod description;
 
+use std::process::ExitCode;
+
 use description::Description;
+use libtest_mimic::{Arguments, Completion, Trial};
 use nidus_vmm::firecracker::api::*;
 use serde_json::{Value, json};
 
@@ -143,47 +149,51 @@ fn understands<C: Call>(api: &Description, call: &C) -> Result<(), String> {
         .map_err(|e| format!("{path}: {e} in {sample}"))
 }
 
-fn main() {
-    let Some(file) = std::env::var_os("NIDUS_FIRECRACKER_API") else {
-        println!("skipped: NIDUS_FIRECRACKER_API does not name Firecracker's firecracker.yaml");
-        println!("\ntest result: ok. 0 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out");
-        return;
+type Test = Result<(), String>;
+
+fn tests(api: &Description) -> Vec<(String, Test)> {
+    let mut tests: Vec<(String, Test)> = Vec::new();
+    for Sent { method, path, body } in requests() {
+        tests.push((format!("{method} {path}: request"), api.check_request(&method, &path, body.as_ref())));
+        tests.push((format!("{method} {path}: errors"), api.check_error(&method, &path)));
+    }
+    tests.extend([
+        ("answer: instance".into(), understands(api, &DescribeInstance)),
+        ("answer: version".into(), understands(api, &GetVersion)),
+        ("answer: machine-config".into(), understands(api, &GetMachineConfig)),
+        ("answer: balloon".into(), understands(api, &GetBalloon)),
+        ("answer: balloon statistics".into(), understands(api, &GetBalloonStats)),
+        ("answer: hinting".into(), understands(api, &GetHintingStatus)),
+        ("answer: vm/config".into(), understands(api, &GetFullConfig)),
+        ("answer: mmds".into(), understands(api, &GetMmds)),
+    ]);
+    // The check itself must be able to fail.
+    for (name, path, body) in [
+        ("an unknown field", "/boot-source", json!({"kernel_image_path": "/x", "kernel": "/x"})),
+        ("a missing field", "/boot-source", json!({"boot_args": "x"})),
+        ("an unknown word", "/actions", json!({"action_type": "Stop"})),
+        ("an unknown path", "/nothing", json!({})),
+    ] {
+        let found = api.check_request("put", path, Some(&body)).err().map(drop);
+        tests.push((format!("{name} is found"), found.ok_or("it was not".into())));
+    }
+    tests
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let Some(file) = std::env::var_os("NIDUS_FIRECRACKER_API").filter(|f| !f.is_empty()) else {
+        let reason = "NIDUS_FIRECRACKER_API does not name Firecracker's firecracker.yaml";
+        let skipped =
+            Trial::ignorable_test("the_api_as_described", move || Ok(Completion::ignored_with(reason)));
+        return libtest_mimic::run(&arguments, vec![skipped]).exit_code();
     };
     let text = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("read {}: {e}", file.display()));
     let api = Description::parse(&text);
     println!("Firecracker's API {}", api.version());
-    let mut wrong = Vec::new();
-    let mut count = 0;
-    let mut check = |what: String, result: Result<(), String>| {
-        count += 1;
-        println!("test {what} ... {}", if result.is_ok() { "ok" } else { "FAILED" });
-        wrong.extend(result.err());
-    };
-    for Sent { method, path, body } in requests() {
-        check(format!("{method} {path}"), api.check_request(&method, &path, body.as_ref()));
-        check(format!("{method} {path} (its errors)"), api.check_error(&method, &path));
-    }
-    check("answer: instance".into(), understands(&api, &DescribeInstance));
-    check("answer: version".into(), understands(&api, &GetVersion));
-    check("answer: machine-config".into(), understands(&api, &GetMachineConfig));
-    check("answer: balloon".into(), understands(&api, &GetBalloon));
-    check("answer: balloon statistics".into(), understands(&api, &GetBalloonStats));
-    check("answer: hinting".into(), understands(&api, &GetHintingStatus));
-    check("answer: vm/config".into(), understands(&api, &GetFullConfig));
-    check("answer: mmds".into(), understands(&api, &GetMmds));
-    // The check itself must be able to fail.
-    let bad = api.check_request("put", "/boot-source", Some(&json!({"kernel": "/x"})));
-    check("a request that is wrong is found".into(), bad.err().map(drop).ok_or("it was not".into()));
-    for w in &wrong {
-        println!("FAILED: {w}");
-    }
-    println!(
-        "\ntest result: {}. {} passed; {} failed; 0 ignored",
-        if wrong.is_empty() { "ok" } else { "FAILED" },
-        count - wrong.len(),
-        wrong.len()
-    );
-    if !wrong.is_empty() {
-        std::process::exit(101);
-    }
+    let trials = tests(&api)
+        .into_iter()
+        .map(|(name, result)| Trial::test(name, || result.map_err(Into::into)))
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
 }

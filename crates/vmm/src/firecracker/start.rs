@@ -48,11 +48,10 @@ impl From<ApiError> for StepError {
 }
 
 impl Firecracker {
-    pub(super) async fn start_boot(&self, mut config: VmConfig, boot: &Boot) -> Result<FirecrackerVm> {
+    pub(super) async fn start_boot(&self, config: VmConfig, boot: &Boot) -> Result<FirecrackerVm> {
         if !matches!(config.memory, Memory::Own) {
             return Err(unsupported(&config.name, format!("boot a guest in {}", config.memory.name())));
         }
-        config.mac = config.mac.to_uppercase();
         let mut jail = self.jail(&config)?;
         jail.bind(place::KERNEL, &open(&boot.kernel)?, Access::Read)?;
         jail.bind(place::INITRD, &open(&boot.initrd)?, Access::Read)?;

@@ -97,10 +97,7 @@ impl FirecrackerVm {
             if peer.pid() != i32::try_from(self.running.process.pid()).ok() {
                 return Err(StepError::Refused("another process asked for the memory".into()));
             }
-            let stream = stream
-                .into_std()
-                .and_then(|s| s.set_nonblocking(false).map(|()| s))
-                .map_err(|e| lost("hand over the memory connection", e))?;
+            let stream = stream.into_std().map_err(|e| lost("hand over the memory connection", e))?;
             server.send(stream).map_err(|_| StepError::Refused("the memory's server is gone".into()))?;
             Ok(request.await?)
         };

@@ -5,6 +5,10 @@
 //! run the guest's kernel, everything is skipped with the reason. In the test bed (NIDUS_TESTBED)
 //! KVM must work.
 
+// A test program, though not one of libtest's.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod bed;
 mod guest;
 mod host;
 mod net;
@@ -15,8 +19,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use bed::Bed;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use scenario::Bed;
 
 type Test = fn(&Bed) -> Result<(), Failed>;
 

@@ -60,6 +60,11 @@ pub fn configure(name: &str, ip: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
 impl Namespace {
     /// A new one with a persistent tap that nobody has open and that belongs to `uid`.
     pub fn new(uid: u32) -> io::Result<Self> {
+        Self::with_tap(uid).map(|(namespace, _)| namespace)
+    }
+
+    /// As [`Namespace::new`], with the open tap.
+    pub fn with_tap(uid: u32) -> io::Result<(Self, File)> {
         let thread = std::thread::spawn(move || {
             // SAFETY: moves only this thread, which ends after this.
             check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
@@ -74,7 +79,7 @@ impl Namespace {
                 check(unsafe { libc::ioctl(tun.as_raw_fd(), number, libc::c_ulong::from(value)) })?;
             }
             configure(TAP, HOST, MASK)?;
-            File::open("/proc/thread-self/ns/net").map(Self)
+            Ok((Self(File::open("/proc/thread-self/ns/net")?), tun))
         });
         thread.join().unwrap()
     }
@@ -100,7 +105,8 @@ impl Namespace {
             let end = Instant::now() + ANSWER_LIMIT;
             loop {
                 match ask_once(&question) {
-                    Err(_) if Instant::now() < end => {}
+                    // Refused at once until it listens.
+                    Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(20)),
                     result => return result,
                 }
             }

@@ -40,6 +40,7 @@ pub struct PageServer {
 
 impl PageServer {
     pub fn start(connection: UnixStream, memory: File) -> io::Result<Self> {
+        connection.set_nonblocking(false)?;
         let (stopped, stop) = io::pipe()?;
         let thread = std::thread::spawn(move || serve(&connection, &memory, &stopped));
         Ok(Self { thread, stop })

@@ -4,245 +4,17 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::Failed;
-use nidus_vmm::cgroup::CgroupRoot;
-use nidus_vmm::firecracker::{self, Firecracker, probe};
-use nidus_vmm::guest::Kernel;
-use nidus_vmm::{Boot, Disk, Limits, Memory, MemorySaved, SaveMemory, SnapshotFiles, Tap, Vm, VmConfig, Vmm};
-use tempfile::TempDir;
-use tokio::runtime::Runtime;
+use nidus_vmm::{Disk, Memory, MemorySaved, SaveMemory, Tap, VmConfig, Vmm};
 use tokio::sync::oneshot;
 
+use crate::bed::{Bed, From, MEMORY_MB, Machine, Test, create, file, new_disk};
 use crate::guest::{self, DISK_TEXT, MEMORY, PAGE};
 use crate::host::{self, Loop};
-use crate::net::{Namespace, TAP};
+use crate::net::Namespace;
 use crate::pages::PageServer;
-
-const MEMORY_MB: u32 = 128;
-const DISK_BYTES: u64 = 4 << 20;
-/// A guest's kernel under KVM under emulation comes up in some seconds.
-const PROBE_LIMIT: Duration = Duration::from_secs(60);
-const ON_OTHER_HOSTS: Duration = Duration::from_secs(5);
-
-type Test = Result<(), Failed>;
-
-/// What all tests share; closed at the end.
-pub struct Bed {
-    runtime: Runtime,
-    vmm: Firecracker,
-    cgroups: CgroupRoot,
-    cgroup: String,
-    kernel: Kernel,
-    about: String,
-    dir: TempDir,
-    template: OnceLock<Template>,
-}
-
-/// A snapshot of a guest that is up.
-struct Template {
-    state: PathBuf,
-    memory: PathBuf,
-    disk: PathBuf,
-    ticks: u64,
-}
-
-/// A VM with what it uses, released in reverse order.
-struct Machine {
-    vm: Box<dyn Vm>,
-    uid: u32,
-    network: Namespace,
-    _disk: Loop,
-    pages: Option<PageServer>,
-}
-
-/// How a resumed guest's memory comes.
-enum From {
-    Served,
-    Mapped,
-}
-
-impl Bed {
-    pub fn new(place: &Path) -> Result<Self, String> {
-        let runtime = Runtime::new().map_err(|e| e.to_string())?;
-        let program = runtime.block_on(firecracker::find(place, None)).map_err(|e| e.to_string())?;
-        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let kernel = host::kernel(dir.path())?;
-        let initrd = dir.path().join("initrd");
-        kernel.write_initramfs(Path::new("/proc/self/exe"), &initrd).map_err(|e| e.to_string())?;
-        let elf = kernel.elf().map_err(|e| e.to_string())?;
-        let limit = if std::env::var_os("NIDUS_TESTBED").is_some() { PROBE_LIMIT } else { ON_OTHER_HOSTS };
-        let verdict = runtime.block_on(probe::kvm(&program, &elf, &initrd, limit));
-        if !verdict.works {
-            return Err(verdict.reason);
-        }
-        let cgroup = format!("nidus-test-fc-{}", std::process::id());
-        let cgroups = CgroupRoot::new(&cgroup).map_err(|e| e.to_string())?;
-        let about = format!("{}; kernel {}", verdict.reason, kernel.version);
-        let vmm = Firecracker::new(program, cgroups.clone());
-        Ok(Self { runtime, vmm, cgroups, cgroup, kernel, about, dir, template: OnceLock::new() })
-    }
-
-    pub fn about(&self) -> &str {
-        &self.about
-    }
-
-    pub fn close(&self) {
-        self.cgroups.remove();
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn config(&self, name: &str, uid: u32, network: &Namespace, disk: &Loop, memory: Memory) -> VmConfig {
-        VmConfig {
-            name: name.into(),
-            vcpus: 1,
-            memory_mb: MEMORY_MB,
-            memory,
-            disk: Disk::Device(disk.path.clone()),
-            tap: Tap::Name(TAP.into()),
-            netns: network.open(),
-            mac: "02:fc:00:00:00:05".into(),
-            uid,
-            limits: Limits { memory_bytes: 512 << 20, cpu_millis: 2000 },
-            huge_pages: false,
-            track_dirty: false,
-            advance_clock: false,
-        }
-    }
-
-    fn boot_source(&self) -> Boot {
-        let arguments = self.vmm.needs().kernel_arguments;
-        Boot {
-            kernel: self.kernel.elf().unwrap(),
-            initrd: self.file("initrd"),
-            cmdline: format!("console=ttyS0 quiet random.trust_cpu=on {arguments}"),
-        }
-    }
-
-    /// A cold boot; what `change` does to its configuration comes first.
-    fn boot(&self, name: &str, disk: &Path, change: impl FnOnce(&mut VmConfig)) -> Result<Machine, Failed> {
-        let uid = host::new_uid();
-        let network = Namespace::new(uid)?;
-        let disk = Loop::new(&file(disk)?)?;
-        let mut config = self.config(name, uid, &network, &disk, Memory::Own);
-        change(&mut config);
-        let vm = self.runtime.block_on(self.vmm.boot(config, &self.boot_source()))?;
-        Ok(Machine { vm, uid, network, _disk: disk, pages: None })
-    }
-
-    /// A prepared VM, loaded from files but not resumed.
-    fn load(
-        &self,
-        name: &str,
-        from: From,
-        files: (&Path, &Path, &Path),
-        change: impl FnOnce(&mut VmConfig),
-    ) -> Result<Machine, Failed> {
-        let (state, memory, disk) = files;
-        let uid = host::new_uid();
-        let network = Namespace::new(uid)?;
-        let disk = Loop::new(&file(disk)?)?;
-        let memory = File::open(memory)?;
-        let (sender, receiver) = oneshot::channel();
-        let served = matches!(from, From::Served);
-        let source = match from {
-            From::Served => Memory::Served(sender),
-            From::Mapped => {
-                drop(sender);
-                Memory::Private(memory.try_clone()?)
-            }
-        };
-        let mut config = self.config(name, uid, &network, &disk, source);
-        change(&mut config);
-        let server = async move {
-            match receiver.await {
-                Ok(stream) => Some(PageServer::start(stream, memory)),
-                Err(_) => None,
-            }
-        };
-        let (vm, pages) = self.runtime.block_on(async {
-            let mut vm = self.vmm.prepare(config).await?;
-            let (loaded, pages) = tokio::join!(vm.load(File::open(state)?), server);
-            loaded?;
-            Ok::<_, Failed>((vm, pages))
-        })?;
-        let pages = pages.transpose()?;
-        assert_eq!(pages.is_some(), served);
-        Ok(Machine { vm, uid, network, _disk: disk, pages })
-    }
-
-    fn clone_of_template(&self, name: &str, from: From) -> Result<Machine, Failed> {
-        let t = self.template()?;
-        let disk = self.file(&format!("{name}.disk"));
-        fs::copy(&t.disk, &disk)?;
-        self.load(name, from, (&t.state, &t.memory, &disk), |c| c.track_dirty = true)
-    }
-
-    fn template(&self) -> Result<&Template, Failed> {
-        if let Some(t) = self.template.get() {
-            return Ok(t);
-        }
-        let disk = new_disk(&self.file("template.disk"))?;
-        let mut machine = self.boot("template", &disk, |_| ())?;
-        machine.ask("ticks")?;
-        let ticks = machine.number("ticks")?;
-        let (state, memory) = (self.file("template.state"), self.file("template.memory"));
-        let saved = machine.save(&self.runtime, &state, SaveMemory::Full(create(&memory)?))?;
-        assert_eq!(saved, MemorySaved::Full);
-        machine.kill(&self.runtime)?;
-        Ok(self.template.get_or_init(|| Template { state, memory, disk, ticks }))
-    }
-}
-
-impl Machine {
-    fn ask(&self, question: &str) -> Result<String, Failed> {
-        let status = || self.vm.exit().status().unwrap_or_else(|| "it runs".into());
-        self.network
-            .ask(question)
-            .map_err(|e| format!("'{question}': {e}; {}; console: {}", status(), self.vm.console()).into())
-    }
-
-    fn number(&self, question: &str) -> Result<u64, Failed> {
-        Ok(self.ask(question)?.parse()?)
-    }
-
-    fn resume(&mut self, runtime: &Runtime) -> Test {
-        Ok(runtime.block_on(self.vm.resume())?)
-    }
-
-    fn save(&mut self, runtime: &Runtime, state: &Path, memory: SaveMemory) -> Result<MemorySaved, Failed> {
-        let state = create(state)?;
-        runtime.block_on(async {
-            self.vm.pause().await?;
-            Ok(self.vm.snapshot(SnapshotFiles { state, memory }).await?)
-        })
-    }
-
-    /// Kills it; returns how many pages it was served.
-    fn kill(self, runtime: &Runtime) -> Result<u64, Failed> {
-        let Self { vm, pages, .. } = self;
-        runtime.block_on(vm.kill())?;
-        Ok(pages.map_or(Ok(0), PageServer::stop)?)
-    }
-}
-
-fn file(path: &Path) -> io::Result<File> {
-    File::options().read(true).write(true).open(path)
-}
-
-fn create(path: &Path) -> io::Result<File> {
-    File::options().read(true).write(true).create(true).truncate(true).open(path)
-}
-
-fn new_disk(path: &Path) -> io::Result<PathBuf> {
-    create(path)?.set_len(DISK_BYTES)?;
-    Ok(path.to_owned())
-}
 
 /// What `sum` must answer when the first pages were filled again.
 fn expected_sum(refilled: usize) -> String {
@@ -536,15 +308,28 @@ pub fn bad_state(bed: &Bed) -> Test {
     Ok(())
 }
 
-pub fn clock(bed: &Bed) -> Test {
+/// How many seconds the clock of a guest is behind ours when it has just gone on.
+fn behind(bed: &Bed, advance: bool) -> Result<u64, Failed> {
     let t = bed.template()?;
     let disk = bed.file("clock.disk");
     fs::copy(&t.disk, &disk)?;
-    let saved = fs::metadata(&t.state)?.modified()?;
-    let since = SystemTime::now().duration_since(saved)?.as_secs();
-    let load = bed.load("clock", From::Served, (&t.state, &t.memory, &disk), |c| c.advance_clock = true);
-    let mut machine = match load {
-        Ok(machine) => machine,
+    let files = (t.state.as_path(), t.memory.as_path(), disk.as_path());
+    let mut machine = bed.load("clock", From::Served, files, |c| c.advance_clock = advance)?;
+    machine.resume(&bed.runtime)?;
+    let theirs = machine.number("clock")?;
+    let ours = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    machine.kill(&bed.runtime)?;
+    Ok(ours.saturating_sub(theirs))
+}
+
+pub fn clock(bed: &Bed) -> Test {
+    let saved = fs::metadata(&bed.template()?.state)?.modified()?;
+    // The snapshot must have an age for this to show.
+    while saved.elapsed()?.as_secs() < 5 {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let with = match behind(bed, true) {
+        Ok(seconds) => seconds,
         // Hosts whose clock is not the processors' counter save no time with the state.
         Err(e) if e.message().unwrap_or_default().contains("clock_realtime") => {
             println!("this host's snapshots have no time: {}", e.message().unwrap_or_default());
@@ -552,11 +337,8 @@ pub fn clock(bed: &Bed) -> Test {
         }
         Err(e) => return Err(e),
     };
-    machine.resume(&bed.runtime)?;
-    let theirs = machine.number("clock")?;
-    let ours = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    println!("the guest's clock is {} s behind; the snapshot is {since} s old", ours.saturating_sub(theirs));
-    machine.kill(&bed.runtime)?;
+    let without = behind(bed, false)?;
+    assert!(with < without, "{with} s behind when moved on, {without} s when not");
     Ok(())
 }
 

@@ -79,3 +79,92 @@ macro_rules! call {
     };
 }
 use call;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn sent<C: Call>(call: &C) -> (String, Value) {
+        (format!("{} {}", C::METHOD, call.path()), serde_json::to_value(call).unwrap())
+    }
+
+    #[test]
+    fn requests_have_firecrackers_form() {
+        let disk = Drive {
+            drive_id: "root".into(),
+            is_root_device: false,
+            partuuid: None,
+            cache_type: Some(CacheType::Writeback),
+            is_read_only: Some(false),
+            path_on_host: Some("/disk".into()),
+            rate_limiter: Some(RateLimiter {
+                bandwidth: Some(TokenBucket { size: 100, one_time_burst: None, refill_time: 10 }),
+                ops: None,
+            }),
+            io_engine: Some(IoEngine::Sync),
+            socket: None,
+        };
+        let expected = json!({
+            "drive_id": "root", "is_root_device": false, "cache_type": "Writeback", "is_read_only": false,
+            "path_on_host": "/disk", "io_engine": "Sync",
+            "rate_limiter": {"bandwidth": {"size": 100, "refill_time": 10}}
+        });
+        assert_eq!(sent(&disk), ("PUT /drives/root".into(), expected));
+        let machine = MachineConfig {
+            vcpu_count: 2,
+            mem_size_mib: 512,
+            smt: None,
+            track_dirty_pages: Some(true),
+            huge_pages: Some(HugePages::TwoMiB),
+            cpu_template: None,
+        };
+        let expected =
+            json!({"vcpu_count": 2, "mem_size_mib": 512, "track_dirty_pages": true, "huge_pages": "2M"});
+        assert_eq!(sent(&machine), ("PUT /machine-config".into(), expected));
+        let load = LoadSnapshot {
+            snapshot_path: "/snapfile".into(),
+            mem_backend: MemoryBackend { backend_type: BackendType::Uffd, backend_path: "/uffd.sock".into() },
+            track_dirty_pages: Some(true),
+            resume_vm: Some(false),
+            network_overrides: vec![NetworkOverride {
+                iface_id: "eth0".into(),
+                host_dev_name: "tap0".into(),
+            }],
+            vsock_override: None,
+            clock_realtime: Some(true),
+        };
+        let expected = json!({
+            "snapshot_path": "/snapfile", "mem_backend": {"backend_type": "Uffd", "backend_path": "/uffd.sock"},
+            "track_dirty_pages": true, "resume_vm": false, "clock_realtime": true,
+            "network_overrides": [{"iface_id": "eth0", "host_dev_name": "tap0"}]
+        });
+        assert_eq!(sent(&load), ("PUT /snapshot/load".into(), expected));
+        let pause = Vm { state: VmState::Paused };
+        assert_eq!(sent(&pause), ("PATCH /vm".into(), json!({"state": "Paused"})));
+        let contents = json!({"key": [1, 2]});
+        assert_eq!(sent(&PutMmds(contents.clone())), ("PUT /mmds".into(), contents));
+        assert_eq!(sent(&StopHinting).0, "PATCH /balloon/hinting/stop");
+        assert_eq!(sent(&Entropy::default()), ("PUT /entropy".into(), json!({})));
+    }
+
+    #[test]
+    fn a_configuration_file_has_firecrackers_names() {
+        let config = FullConfig {
+            metrics: Some(Metrics { metrics_path: "/m".into() }),
+            boot_source: Some(BootSource {
+                kernel_image_path: "/kernel".into(),
+                initrd_path: None,
+                boot_args: None,
+            }),
+            ..FullConfig::default()
+        };
+        let expected = json!({
+            "boot-source": {"kernel_image_path": "/kernel"}, "metrics": {"metrics_path": "/m"},
+            "drives": [], "network-interfaces": []
+        });
+        assert_eq!(serde_json::to_value(&config).unwrap(), expected);
+        assert_eq!(serde_json::from_value::<FullConfig>(expected).unwrap(), config);
+    }
+}
