@@ -10,6 +10,6 @@ pub mod pagemap;
 mod patch;
 pub mod uffd;
 
+pub use memfile::{Memfile, MemfileError, PageSize};
 pub use pagemap::PagemapError;
 pub use patch::{PatchError, ProcessMemory};
-pub use memfile::{Memfile, MemfileError, PageSize};

@@ -1,13 +1,13 @@
 //! A VM with its slot and its disk: what is acquired together and released together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nidus_block::Overlay;
+use nidus_block::{DirtyBlocks, Overlay};
 use nidus_network::{NetworkSlot, Pool};
 use nidus_storage::BuildId;
 use nidus_template::DiskServer;
-use nidus_vmm::{Disk, Memory, Tap, Vm, VmConfig, Vmm};
+use nidus_vmm::{Disk, Memory, MemoryDoor, Tap, Vm, VmConfig, Vmm};
 
 use crate::{CreateError, KillError, OpenTemplate};
 
@@ -18,6 +18,7 @@ pub struct Machine {
     overlay: Arc<Overlay>,
     slot: NetworkSlot,
     template: Arc<OpenTemplate>,
+    memory_door: MemoryDoor,
 }
 
 /// What machines are made with.
@@ -37,7 +38,10 @@ impl Machine {
     pub async fn prepare(parts: &Parts<'_>, template: Arc<OpenTemplate>) -> Result<Self, CreateError> {
         let slot = parts.network.acquire().await?;
         match Self::with_slot(parts, &template, &slot).await {
-            Ok((vm, disk, overlay)) => Ok(Self { vm, disk, overlay, slot, template }),
+            Ok((vm, disk, overlay)) => {
+                let memory_door = parts.vmm.needs().memory;
+                Ok(Self { vm, disk, overlay, slot, template, memory_door })
+            }
             Err(e) => {
                 parts.network.release(slot).await;
                 Err(e)
@@ -74,6 +78,9 @@ impl Machine {
                 advance_clock: false,
             };
             let mut vm = parts.vmm.prepare(config).await?;
+            if parts.vmm.needs().memory == MemoryDoor::Memfile {
+                template.restore_memory(vm.pid()).await?;
+            }
             vm.load(template.open_snapfile()?).await?;
             Ok(vm)
         };
@@ -112,6 +119,17 @@ impl Machine {
     /// How many bytes the guest wrote to its disk so far.
     pub fn disk_written(&self) -> u64 {
         self.overlay.dirty().count() * nidus_block::BLOCK_SIZE
+    }
+
+    /// The blocks that the guest wrote to its disk so far, and the file that has them at their
+    /// offsets. Both stand still only while the VM is paused.
+    pub fn disk_changes(&self) -> (DirtyBlocks, PathBuf) {
+        (self.overlay.dirty(), self.overlay.cache_path().to_owned())
+    }
+
+    /// Where the VMM has its memory.
+    pub fn memory_door(&self) -> MemoryDoor {
+        self.memory_door
     }
 
     /// Releases everything in reverse order. The first error is returned, after all is done.

@@ -255,9 +255,9 @@ impl QemuVm {
 #[async_trait]
 impl Vm for QemuVm {
     async fn load(&mut self, snapfile: File) -> Result<()> {
-        let (configuration, snapfile) = self.blocking("reading the state", move || {
-            devices::configuration(&snapfile).map(|c| (c, snapfile))
-        }).await?;
+        let (configuration, snapfile) = self
+            .blocking("reading the state", move || devices::configuration(&snapfile).map(|c| (c, snapfile)))
+            .await?;
         self.configuration = configuration;
         let fd = self.pass_file("loading the state", snapfile).await?;
         let channels = Command::MigrateIncoming { uri: format!("file:/dev/fdset/{fd}") };
