@@ -33,12 +33,14 @@ pub struct TemplateSpec {
 
 impl Api {
     /// The newest ready build of this name that the node still has. To be called before anything is
-    /// built: what was being built when an earlier daemon ended is recorded as failed.
+    /// built: what was being built when an earlier daemon ended is recorded as failed, and what
+    /// was being paused as what it became.
     ///
     /// # Errors
     /// When the store or the node cannot be asked.
     pub async fn ready_build(&self, name: &str) -> Result<Option<String>, ApiError> {
         self.store.fail_interrupted_builds().await?;
+        self.recover_pauses().await?;
         let Some(t) = self.store.template(name).await? else { return Ok(None) };
         for b in self.store.builds(&t.id).await?.iter().filter(|b| b.status == BuildStatus::Ready) {
             if self.node_has(&t.id, &b.id).await? {
@@ -77,7 +79,7 @@ impl Api {
         Ok(build)
     }
 
-    async fn node_has(&self, template: &str, build: &str) -> Result<bool, ApiError> {
+    pub(crate) async fn node_has(&self, template: &str, build: &str) -> Result<bool, ApiError> {
         let request = TemplateStatusRequest {
             template_id: template.to_owned(),
             build_id: build.to_owned(),

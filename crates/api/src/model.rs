@@ -126,6 +126,19 @@ pub struct ConnectRequest {
 }
 
 #[derive(Debug, Default, Deserialize)]
+pub struct PauseRequest {
+    pub memory: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ResumeRequest {
+    pub timeout: Option<i64>,
+    pub auto_pause: Option<bool>,
+    pub memory: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
 pub struct RefreshRequest {
     pub duration: Option<i64>,
 }

@@ -2,11 +2,14 @@
 //!
 //! A VMM maps a template's [`Memfile`] private (copy-on-write), so that all sandboxes of a template
 //! share its unchanged pages through the page cache. [`pagemap::written_ranges`] finds the pages
-//! that one sandbox wrote. A VMM that resumes through userfaultfd (Firecracker) is served by [`uffd`].
+//! that one sandbox wrote; [`ProcessMemory`] reads and changes them. A VMM that resumes through userfaultfd (Firecracker) is served by [`uffd`].
 
 mod maps;
 mod memfile;
 pub mod pagemap;
+mod patch;
 pub mod uffd;
 
 pub use memfile::{Memfile, MemfileError, PageSize};
+pub use pagemap::PagemapError;
+pub use patch::{PatchError, ProcessMemory};

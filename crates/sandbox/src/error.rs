@@ -53,6 +53,9 @@ pub enum CreateError {
     /// Storage.
     #[error(transparent)]
     Storage(#[from] nidus_storage::StorageError),
+    /// The memory of a paused sandbox.
+    #[error("the memory of a paused sandbox cannot be put in place: {0}")]
+    Restore(#[from] crate::PauseError),
     /// A file operation.
     #[error("Cannot {action}: {source}")]
     Io {

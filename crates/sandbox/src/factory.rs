@@ -46,6 +46,8 @@ pub struct SandboxSpec {
     pub access_token: Option<String>,
     /// Whether it may reach the internet.
     pub allow_internet: bool,
+    /// Whether the build is a paused sandbox, which is resumed once, rather than a template.
+    pub snapshot: bool,
 }
 
 /// Makes sandboxes on this node.
@@ -152,6 +154,7 @@ impl Inner {
         let mut dead = Vec::new();
         let machine = match self.warm.take(spec.build_id, &mut dead) {
             Some(m) => m,
+            None if spec.snapshot => self.prepare_once(spec.build_id).await?,
             None => self.prepare(spec.build_id).await?,
         };
         if !dead.is_empty() {
@@ -164,7 +167,9 @@ impl Inner {
             r = sandbox.wake() => r,
         };
         // Only now: making the next one must not take the processors from this one.
-        self.want(sandbox.spec.build_id).await;
+        if !sandbox.spec.snapshot {
+            self.want(sandbox.spec.build_id).await;
+        }
         match started {
             Ok(()) => {
                 sandbox.machine.record();
@@ -190,7 +195,16 @@ impl Inner {
     }
 
     async fn prepare(&self, build: BuildId) -> Result<Machine, CreateError> {
-        let template = self.template(build).await?;
+        self.prepare_from(self.template(build).await?).await
+    }
+
+    /// Of a build that is not kept open for others.
+    async fn prepare_once(&self, build: BuildId) -> Result<Machine, CreateError> {
+        let here = self.host.vmm.id();
+        self.prepare_from(Arc::new(OpenTemplate::open(&self.store, build, &here).await?)).await
+    }
+
+    async fn prepare_from(&self, template: Arc<OpenTemplate>) -> Result<Machine, CreateError> {
         let parts = Parts { host: &self.host, overlays: &self.config.overlays };
         Machine::prepare(&parts, template).await
     }
@@ -287,6 +301,14 @@ impl Sandbox {
         self.machine.failed()
     }
 
+    pub(crate) fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
+    pub(crate) fn store(&self) -> &LocalStore {
+        &self.inner.store
+    }
+
     /// Lets the guest run and tells its envd who it is: time, entropy, token, environment.
     async fn wake(&mut self) -> Result<(), CreateError> {
         let limit = self.inner.config.envd_limit;
@@ -299,7 +321,12 @@ impl Sandbox {
         getrandom::fill(&mut seed)
             .map_err(|e| CreateError::io("read random bytes", std::io::Error::other(e.to_string())))?;
         let request = InitRequest {
-            env_vars: Some(self.environment()),
+            // A paused guest has its environment still, and keeps it unless it gets another.
+            env_vars: if self.spec.snapshot && self.spec.env_vars.is_empty() {
+                None
+            } else {
+                Some(self.environment())
+            },
             access_token: self.spec.access_token.clone(),
             timestamp: Some(Utc::now()),
             default_user: Some("user".to_owned()),

@@ -1,12 +1,12 @@
 //! A VM with its slot and its disk: what is acquired together and released together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nidus_block::Overlay;
+use nidus_block::{DirtyBlocks, Overlay};
 use nidus_network::{NetworkSlot, Pool};
 use nidus_storage::BuildId;
-use nidus_template::{RootDisk, VmHost};
+use nidus_template::{DiskError, RootDisk, VmHost};
 use nidus_vmm::{Disk, Memory, MemoryDoor, Vm, VmConfig, VmmError};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -22,6 +22,7 @@ pub struct Machine {
     overlay: Arc<Overlay>,
     slot: NetworkSlot,
     template: Arc<OpenTemplate>,
+    memory_door: MemoryDoor,
 }
 
 /// What machines are made with.
@@ -38,7 +39,10 @@ impl Machine {
         let network = &parts.host.network;
         let slot = network.acquire().await?;
         match Self::with_slot(parts, &template, &slot).await {
-            Ok((vm, memory, disk, overlay)) => Ok(Self { vm, memory, disk, overlay, slot, template }),
+            Ok((vm, memory, disk, overlay)) => {
+                let memory_door = parts.host.vmm.needs().memory;
+                Ok(Self { vm, memory, disk, overlay, slot, template, memory_door })
+            }
             Err(e) => {
                 network.release(slot).await;
                 Err(e)
@@ -99,6 +103,9 @@ impl Machine {
             advance_clock: false,
         };
         let mut vm = host.vmm.prepare(config).await?;
+        if serving.is_none() {
+            template.restore_memory(vm.pid()).await?;
+        }
         if let Err(e) = vm.load(template.open_snapfile()?).await {
             return Err(not_loaded(vm, serving, e).await);
         }
@@ -170,6 +177,22 @@ impl Machine {
         if let Some(memory) = &self.memory {
             self.template.record(|| memory.recording());
         }
+    }
+
+    /// Makes everything that the guest wrote reach the overlay. To be called while it is paused.
+    pub async fn flush_disk(&self) -> Result<(), DiskError> {
+        self.disk.flush().await
+    }
+
+    /// The blocks that the guest wrote to its disk so far, and the file that has them at their
+    /// offsets. Both stand still only while the VM is paused and its disk is flushed.
+    pub fn disk_changes(&self) -> (DirtyBlocks, PathBuf) {
+        (self.overlay.dirty(), self.overlay.cache_path().to_owned())
+    }
+
+    /// Where the VMM has its memory.
+    pub fn memory_door(&self) -> MemoryDoor {
+        self.memory_door
     }
 
     /// Releases everything in reverse order. The first error is returned, after all is done.

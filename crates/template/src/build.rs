@@ -328,6 +328,8 @@ impl Builder {
             memory_mb: request.memory_mb,
             disk_mb: request.disk_mb,
             envd_version: nidus_envd_protocol::ENVD_VERSION.to_owned(),
+            parent: None,
+            base: None,
             created_at: Utc::now(),
         };
         let text = serde_json::to_vec_pretty(&metadata)

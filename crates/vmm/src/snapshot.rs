@@ -32,8 +32,9 @@ pub enum SaveMemory {
 pub enum MemorySaved {
     /// All of it in the file that it was booted with.
     InMemfile,
-    /// All of it in the state file (QEMU leaves out only memory that is shared with a file).
-    InState,
+    /// In the process's private mapping of the memory file that it was loaded with. The file has
+    /// the pages that were not written since.
+    InMapping,
     /// All of it in the file that was given.
     Full,
     /// These byte ranges are in the file that was given, in ascending order; they are also the

@@ -2,6 +2,7 @@
 //! state snapshots beside the memfile (migration with `x-ignore-shared`).
 
 pub mod args;
+mod devices;
 pub mod probe;
 pub mod qmp;
 mod tsc;
@@ -121,7 +122,8 @@ impl Qemu {
         };
         let process = Process::spawn(&name, spawn).await?;
         let stream = UnixStream::from_std(qmp).map_err(|e| VmmError::io("use the monitor socket", e))?;
-        let mut vm = QemuVm { vm: Running::new(name, process, cgroup), qmp: None, console, shared };
+        let vm = Running::new(name, process, cgroup);
+        let mut vm = QemuVm { vm, qmp: None, console, shared, configuration: Vec::new() };
         let qmp = vm.vm.step("starting QEMU", STEP_LIMIT, async {
             let mut qmp = Qmp::handshake(stream).await?;
             qmp.prepare_migration().await?;
@@ -163,6 +165,12 @@ impl Vmm for Qemu {
     }
 }
 
+/// QEMU takes a passed file only in the very mode in which it would have opened it.
+fn write_only(file: &File) -> Result<File> {
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().write(true).open(own).map_err(|e| VmmError::io("reopen the state file", e))
+}
+
 fn unsupported(vm: &str, what: String) -> VmmError {
     VmmError::Unsupported { vm: vm.to_owned(), driver: "QEMU", what }
 }
@@ -184,6 +192,8 @@ struct QemuVm {
     console: Tail,
     /// Its memory is in the memfile, not in a private mapping of it.
     shared: bool,
+    /// What the loaded state says of the machine; the next one says the same.
+    configuration: Vec<u8>,
 }
 
 impl QemuVm {
@@ -210,6 +220,29 @@ impl QemuVm {
         result
     }
 
+    /// Saves the state alone. A migration would write all memory that is not shared with a file.
+    async fn save_devices(&mut self, snapfile: File) -> Result<MemorySaved> {
+        const ACTION: &str = "saving the state";
+        // In memory that the process accounts for, so that it has no hold on the caller's file.
+        let scratch = devices::scratch().map_err(|e| VmmError::io("make a file in memory", e))?;
+        let fd = self.pass_file(ACTION, write_only(&scratch)?).await?;
+        self.command(ACTION, Command::XenSaveDevicesState { filename: format!("/dev/fdset/{fd}") }).await?;
+        let configuration = self.configuration.clone();
+        self.blocking(ACTION, move || devices::complete(&scratch, &configuration, &snapfile)).await?;
+        Ok(MemorySaved::InMapping)
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce() -> std::result::Result<T, devices::StateError> + Send + 'static,
+    ) -> Result<T> {
+        match tokio::task::spawn_blocking(work).await {
+            Ok(result) => result.map_err(|e| self.vm.refused(action, e.to_string())),
+            Err(e) => Err(VmmError::io("finish a file operation", std::io::Error::other(e))),
+        }
+    }
+
     /// The monitor is taken for the time of an exchange; one that was cancelled half-way has
     /// lost it, since its answers would be taken for the next command's.
     fn take_qmp(&mut self, action: &'static str) -> Result<Qmp> {
@@ -223,6 +256,10 @@ impl QemuVm {
 #[async_trait]
 impl Vm for QemuVm {
     async fn load(&mut self, snapfile: File) -> Result<()> {
+        let (configuration, snapfile) = self
+            .blocking("reading the state", move || devices::configuration(&snapfile).map(|c| (c, snapfile)))
+            .await?;
+        self.configuration = configuration;
         let fd = self.pass_file("loading the state", snapfile).await?;
         let channels = Command::MigrateIncoming { uri: format!("file:/dev/fdset/{fd}") };
         self.migrate("loading the state", channels).await
@@ -241,14 +278,14 @@ impl Vm for QemuVm {
         if !matches!(memory, SaveMemory::Stay) {
             return Err(unsupported(&self.vm.name, "write its memory to another file".into()));
         }
-        // QEMU takes a passed file only in the very mode in which it would have opened it.
-        let own = format!("/proc/self/fd/{}", snapfile.as_raw_fd());
-        let copy =
-            File::options().write(true).open(own).map_err(|e| VmmError::io("reopen the state file", e))?;
+        if !self.shared {
+            return self.save_devices(snapfile).await;
+        }
+        let copy = write_only(&snapfile)?;
         let fd = self.pass_file("saving the state", copy).await?;
         self.migrate("saving the state", Command::Migrate { uri: format!("file:/dev/fdset/{fd}") }).await?;
         snapfile.sync_all().map_err(|e| VmmError::io("sync the state file", e))?;
-        Ok(if self.shared { MemorySaved::InMemfile } else { MemorySaved::InState })
+        Ok(MemorySaved::InMemfile)
     }
 
     fn pid(&self) -> u32 {
