@@ -110,7 +110,7 @@ def test_sigterm_with_nothing_running_and_start_again(make_daemon, host):
     host.assert_clean()
 
 
-def test_killing_a_sandboxs_vmm_from_outside_is_noticed(daemon, host):
+def test_killing_a_sandboxs_vmm_from_outside_is_noticed(host, daemon):
     """A VMM that dies takes its sandbox with it: it is not listed, and its things are released."""
     sandbox = sandboxes.create(daemon)
     idle_before = {p for p in host.added() if p.startswith("process") and "qemu" in p}

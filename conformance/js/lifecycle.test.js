@@ -68,7 +68,7 @@ test('kill and what is left', async () => {
   await rejection(sbx.getInfo(), SandboxNotFoundError)
   await rejection(sbx.setTimeout(60_000), SandboxNotFoundError)
   await rejection(Sandbox.connect(sbx.sandboxId), SandboxNotFoundError)
-  await rejection(sbx.commands.run('echo ghost'), TimeoutError)
+  await rejection(sbx.commands.run('echo ghost'), SandboxNotFoundError)
   await rejection(sbx.files.read('/etc/hostname'), TimeoutError)
   for (const [method, path, body] of [
     ['GET', '', undefined],

@@ -176,7 +176,7 @@ def test_websocket(served, sandbox_url, way):
     else:
         host, port = sandbox_url.removeprefix("http://").split(":")
         url = f"ws://{served.get_host(PORT)}/ws"
-        options = {"host": host, "port": int(port)}
+        options = {"address": (host, int(port))}
     with ws_connect(url, max_size=None, compression=None, **options) as ws:
         ws.send("žluť")
         assert ws.recv(timeout=30) == "žluť"

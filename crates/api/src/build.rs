@@ -32,37 +32,24 @@ pub struct TemplateSpec {
 }
 
 impl Api {
-    /// Whether there is a ready build of this name, as far as the store knows.
+    /// The newest ready build of this name that the node still has. To be called before anything is
+    /// built: what was being built when an earlier daemon ended is recorded as failed, and what
+    /// was being paused as what it became.
     ///
     /// # Errors
-    /// When the store fails.
-    pub async fn has_template(&self, name: &str) -> Result<bool, ApiError> {
-        let Some(t) = self.store.template(name).await? else { return Ok(false) };
-        Ok(self.store.builds(&t.id).await?.iter().any(|b| b.status == BuildStatus::Ready))
-    }
-
-    /// Makes sure that a template of this name can be used, and returns its build: looks at the newest ready build that
-    /// the node still has, else builds it and hands each new line of its log to `progress`.
-    ///
-    /// # Errors
-    /// When it cannot be built; the message says why.
-    pub async fn ensure_template(
-        self: &Arc<Self>,
-        name: &str,
-        spec: TemplateSpec,
-        mut progress: impl FnMut(&str) + Send,
-    ) -> Result<String, ApiError> {
+    /// When the store or the node cannot be asked.
+    pub async fn ready_build(&self, name: &str) -> Result<Option<String>, ApiError> {
         self.store.fail_interrupted_builds().await?;
-        if let Some(t) = self.store.template(name).await? {
-            for b in self.store.builds(&t.id).await?.iter().filter(|b| b.status == BuildStatus::Ready) {
-                if self.node_has(&t.id, &b.id).await? {
-                    return Ok(b.id.clone());
-                }
-                let reason = "the node has it no more";
-                self.store.set_build(&b.id, BuildStatus::Error, Some(reason)).await?;
+        self.recover_pauses().await?;
+        let Some(t) = self.store.template(name).await? else { return Ok(None) };
+        for b in self.store.builds(&t.id).await?.iter().filter(|b| b.status == BuildStatus::Ready) {
+            if self.node_has(&t.id, &b.id).await? {
+                return Ok(Some(b.id.clone()));
             }
+            let reason = "the node has it no more";
+            self.store.set_build(&b.id, BuildStatus::Error, Some(reason)).await?;
         }
-        self.build_template(name, spec, &mut progress).await
+        Ok(None)
     }
 
     /// Builds a template, waits for its end and returns the build's id.
@@ -73,7 +60,6 @@ impl Api {
         self: &Arc<Self>,
         name: &str,
         spec: TemplateSpec,
-        progress: &mut (impl FnMut(&str) + Send),
     ) -> Result<String, ApiError> {
         let team = self.store.default_team().await?;
         let t = self.store.put_template(&team, name, spec.public).await?;
@@ -89,11 +75,11 @@ impl Api {
             ..TemplateConfig::default()
         };
         self.submit(config.clone()).await?;
-        self.follow(&config, progress).await?;
+        self.follow(&config).await?;
         Ok(build)
     }
 
-    async fn node_has(&self, template: &str, build: &str) -> Result<bool, ApiError> {
+    pub(crate) async fn node_has(&self, template: &str, build: &str) -> Result<bool, ApiError> {
         let request = TemplateStatusRequest {
             template_id: template.to_owned(),
             build_id: build.to_owned(),
@@ -112,7 +98,7 @@ impl Api {
         self.submit(config.clone()).await?;
         let api = self.clone();
         tokio::spawn(async move {
-            if let Err(e) = api.follow(&config, &mut |_| {}).await {
+            if let Err(e) = api.follow(&config).await {
                 tracing::warn!(build = %config.build_id, "template build failed: {e}");
             }
         });
@@ -130,28 +116,20 @@ impl Api {
         Ok(())
     }
 
-    async fn follow(
-        &self,
-        config: &TemplateConfig,
-        progress: &mut (impl FnMut(&str) + Send),
-    ) -> Result<(), ApiError> {
-        let mut seen = 0;
+    /// Waits for the end of a build and records it. The node logs and keeps each line of it.
+    async fn follow(&self, config: &TemplateConfig) -> Result<(), ApiError> {
         let mut silent = Duration::ZERO;
         loop {
             let request = TemplateStatusRequest {
                 template_id: config.template_id.clone(),
                 build_id: config.build_id.clone(),
-                offset: Some(seen),
+                limit: Some(0),
                 ..TemplateStatusRequest::default()
             };
             match self.nodes.templates().template_build_status(request).await {
                 Ok(answer) => {
                     silent = Duration::ZERO;
                     let answer = answer.into_inner();
-                    seen += i32::try_from(answer.log_entries.len()).unwrap_or(0);
-                    for line in answer.log_entries.iter().filter(|l| l.level > 0) {
-                        progress(&line.message);
-                    }
                     if answer.status != TemplateBuildState::Building as i32 {
                         return self.record(config, answer).await;
                     }

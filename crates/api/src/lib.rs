@@ -1,7 +1,7 @@
 //! The public REST API: what SDKs and the command line call.
 //!
-//! Keys and templates are kept in SQLite. Sandboxes are not: the nodes know them, so that the API
-//! can end and start again without losing one.
+//! Keys, templates and paused sandboxes are kept in SQLite. Running ones are not: the nodes know
+//! them, so that the API can end and start again without losing one.
 
 mod auth;
 mod build;
@@ -10,6 +10,7 @@ mod input;
 mod list;
 mod model;
 mod nodes;
+mod pause;
 mod sandboxes;
 mod server;
 mod store;
@@ -21,7 +22,7 @@ use std::time::Duration;
 
 pub use build::TemplateSpec;
 pub use error::ApiError;
-pub use nodes::Nodes;
+pub use nodes::{Nodes, VMM_LABEL};
 pub use server::serve;
 pub use store::{ApiKey, NewKey, Store, StoreError};
 
@@ -51,13 +52,14 @@ pub struct Api {
     pub(crate) config: ApiConfig,
     pub(crate) store: Store,
     pub(crate) nodes: Nodes,
+    pub(crate) turns: pause::Turns,
     ready: AtomicBool,
 }
 
 impl Api {
     /// Not ready until [`Api::set_ready`] says so.
     pub fn new(config: ApiConfig, store: Store, nodes: Nodes) -> Arc<Self> {
-        Arc::new(Self { config, store, nodes, ready: AtomicBool::new(false) })
+        Arc::new(Self { config, store, nodes, turns: Default::default(), ready: AtomicBool::new(false) })
     }
 
     /// Whether sandboxes can be created, as far as the caller knows; `GET /health` also asks the

@@ -1,20 +1,30 @@
 //! Lists in pages, and what they are filtered by.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use nidus_proto::node::RunningSandbox;
+use percent_encoding::percent_decode_str;
 
 use crate::ApiError;
 
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 100;
 
+/// A sandbox that runs, or a paused one in the same form.
+#[derive(Debug, Clone)]
+pub struct Known {
+    pub sandbox: RunningSandbox,
+    pub paused: bool,
+}
+
 /// The query of `GET /v2/sandboxes`.
 #[derive(Debug, Default)]
 pub struct Query {
     pub metadata: HashMap<String, String>,
     pub running: bool,
+    pub paused: bool,
     pub ascending: bool,
     pub started_after: Option<DateTime<Utc>>,
     pub template: Option<String>,
@@ -30,7 +40,8 @@ struct Position {
 }
 
 impl Position {
-    fn of(s: &RunningSandbox) -> Self {
+    fn of(known: &Known) -> Self {
+        let s = &known.sandbox;
         Self { started: started(s), id: id(s).to_owned() }
     }
 
@@ -57,15 +68,20 @@ pub fn id(s: &RunningSandbox) -> &str {
     s.config.as_ref().map_or(&s.sandbox_id, |c| &c.sandbox_id)
 }
 
-/// `a=b&c=d`, percent-encoded within the parameter.
+/// `a=b&c=d`, percent-encoded within the parameter. The SDKs encode names and values, and then the
+/// pairs of them once more.
 pub fn metadata(text: &str) -> HashMap<String, String> {
-    form_urlencoded::parse(text.as_bytes()).into_owned().filter(|(k, _)| !k.is_empty()).collect()
+    let again = |t: &str| percent_decode_str(t).decode_utf8().map_or_else(|_| t.to_owned(), Cow::into_owned);
+    form_urlencoded::parse(text.as_bytes())
+        .filter(|(k, _)| !k.is_empty())
+        .map(|(k, v)| (again(&k), again(&v)))
+        .collect()
 }
 
 impl Query {
     /// Reads a query string.
     pub fn parse(text: &str) -> Result<Self, ApiError> {
-        let mut q = Self { running: true, limit: DEFAULT_LIMIT, ..Self::default() };
+        let mut q = Self { limit: DEFAULT_LIMIT, ..Self::default() };
         let mut states: Vec<String> = Vec::new();
         for (name, value) in form_urlencoded::parse(text.as_bytes()) {
             let bad = |what: &str| ApiError::bad(format!("{name} '{}' is not {what}", value.escape_debug()));
@@ -100,21 +116,23 @@ impl Query {
         if let Some(odd) = states.iter().find(|s| !matches!(s.as_str(), "running" | "paused")) {
             return Err(ApiError::bad(format!("state '{}' is not running or paused", odd.escape_debug())));
         }
-        q.running = states.is_empty() || states.iter().any(|s| s == "running");
+        let asked = |state: &str| states.is_empty() || states.iter().any(|s| s == state);
+        (q.running, q.paused) = (asked("running"), asked("paused"));
         Ok(q)
     }
 
-    fn takes(&self, s: &RunningSandbox) -> bool {
+    fn takes(&self, known: &Known) -> bool {
+        let s = &known.sandbox;
         let Some(c) = &s.config else { return false };
-        self.running
+        (if known.paused { self.paused } else { self.running })
             && self.metadata.iter().all(|(k, v)| c.metadata.get(k) == Some(v))
             && self.started_after.is_none_or(|t| started(s) > t)
             && self.template.as_ref().is_none_or(|t| c.template_id == *t || c.alias.as_deref() == Some(t))
     }
 
     /// One page and the token of the next.
-    pub fn page(&self, all: Vec<RunningSandbox>) -> (Vec<RunningSandbox>, Option<String>) {
-        let mut all: Vec<RunningSandbox> = all.into_iter().filter(|s| self.takes(s)).collect();
+    pub fn page(&self, all: Vec<Known>) -> (Vec<Known>, Option<String>) {
+        let mut all: Vec<Known> = all.into_iter().filter(|s| self.takes(s)).collect();
         all.sort_by_cached_key(Position::of);
         if !self.ascending {
             all.reverse();
@@ -139,8 +157,8 @@ mod tests {
 
     use super::*;
 
-    fn sandbox(second: i64, id: &str) -> RunningSandbox {
-        RunningSandbox {
+    fn sandbox(second: i64, id: &str) -> Known {
+        let sandbox = RunningSandbox {
             start_time: Some(prost_types::Timestamp { seconds: second, nanos: 0 }),
             config: Some(SandboxConfig {
                 sandbox_id: id.into(),
@@ -148,7 +166,8 @@ mod tests {
                 ..Default::default()
             }),
             ..Default::default()
-        }
+        };
+        Known { sandbox, paused: second == 3 }
     }
 
     proptest! {
@@ -160,7 +179,7 @@ mod tests {
         ) {
             let all: Vec<_> = seconds.iter().enumerate().map(|(i, s)| sandbox(*s, &format!("i{i}"))).collect();
             let mut expected: Vec<(i64, String)> =
-                all.iter().map(|s| (s.start_time.unwrap().seconds, id(s).to_owned())).collect();
+                all.iter().map(|s| (s.sandbox.start_time.unwrap().seconds, id(&s.sandbox).to_owned())).collect();
             expected.sort();
             if !ascending { expected.reverse(); }
             let order = if ascending { "asc" } else { "desc" };
@@ -169,7 +188,7 @@ mod tests {
                 let q = Query::parse(&format!("limit={limit}&order={order}&nextToken={token}")).unwrap();
                 let (page, next) = q.page(all.clone());
                 prop_assert!(page.len() <= limit);
-                seen.extend(page.iter().map(|s| (s.start_time.unwrap().seconds, id(s).to_owned())));
+                seen.extend(page.iter().map(|s| (s.sandbox.start_time.unwrap().seconds, id(&s.sandbox).to_owned())));
                 match next { Some(t) => token = t, None => break }
             }
             prop_assert_eq!(seen, expected);
@@ -177,15 +196,26 @@ mod tests {
     }
 
     #[test]
+    fn metadata_encoded_once_or_twice() {
+        for text in ["odd=a%26b%3Dc+d%2F%C5%BE", "odd=a%2526b%253Dc%2520d%2F%25C5%25BE"] {
+            assert_eq!(metadata(text), HashMap::from([("odd".into(), "a&b=c d/\u{17e}".into())]), "{text}");
+        }
+        assert_eq!(metadata("p=100%25")["p"], "100%");
+    }
+
+    #[test]
     fn filters() {
-        let all = vec![sandbox(1, "a"), sandbox(2, "b")];
+        let all = vec![sandbox(1, "a"), sandbox(2, "b"), sandbox(3, "p")];
         let ids = |q: &str| -> Vec<String> {
-            Query::parse(q).unwrap().page(all.clone()).0.iter().map(|s| id(s).to_owned()).collect()
+            Query::parse(q).unwrap().page(all.clone()).0.iter().map(|s| id(&s.sandbox).to_owned()).collect()
         };
-        assert_eq!(ids("metadata=k%3D1"), ["a"]);
-        assert_eq!(ids("state=running&state=paused"), ["b", "a"]);
-        assert!(ids("state=paused").is_empty());
-        assert_eq!(ids("startedAfter=1970-01-01T00:00:01Z"), ["b"]);
+        assert_eq!(ids("metadata=k%3D1"), ["p", "a"]);
+        for both in ["", "state=running&state=paused", "state=paused,running"] {
+            assert_eq!(ids(both), ["p", "b", "a"]);
+        }
+        assert_eq!(ids("state=paused"), ["p"]);
+        assert_eq!(ids("state=running"), ["b", "a"]);
+        assert_eq!(ids("startedAfter=1970-01-01T00:00:01Z"), ["p", "b"]);
         for bad in [
             "limit=0",
             "limit=-1",

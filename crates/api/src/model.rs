@@ -121,6 +121,24 @@ pub struct TimeoutRequest {
 }
 
 #[derive(Debug, Default, Deserialize)]
+pub struct ConnectRequest {
+    pub timeout: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub struct PauseRequest {
+    pub memory: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ResumeRequest {
+    pub timeout: Option<i64>,
+    pub auto_pause: Option<bool>,
+    pub memory: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
 pub struct RefreshRequest {
     pub duration: Option<i64>,
 }

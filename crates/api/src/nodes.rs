@@ -1,20 +1,29 @@
 //! The node, over gRPC.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nidus_proto::node::info_service_client::InfoServiceClient;
 use nidus_proto::node::sandbox_service_client::SandboxServiceClient;
 use nidus_proto::node::template_service_client::TemplateServiceClient;
 use nidus_proto::node::{RunningSandbox, ServiceInfoStatus};
+use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::ApiError;
+
+/// The label by which a node says whose snapshots it can load: this and a `DriverId` as text.
+pub const VMM_LABEL: &str = "vmm=";
+/// What a node says of itself holds for this long.
+const LABELS_KEPT: Duration = Duration::from_secs(5);
 
 /// Connects to the node when it is first needed, and again when the connection is lost.
 #[derive(Debug, Clone)]
 pub struct Nodes {
     channel: Channel,
+    /// VMMs of the node and when it said so.
+    vmms: Arc<Mutex<Option<(Instant, Vec<String>)>>>,
 }
 
 impl Nodes {
@@ -28,7 +37,7 @@ impl Nodes {
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(20));
-        Ok(Self { channel: endpoint.connect_lazy() })
+        Ok(Self { channel: endpoint.connect_lazy(), vmms: Default::default() })
     }
 
     pub(crate) fn sandboxes(&self) -> SandboxServiceClient<Channel> {
@@ -44,6 +53,36 @@ impl Nodes {
         let mut info = InfoServiceClient::new(self.channel.clone());
         let answer = tokio::time::timeout(Duration::from_secs(5), info.service_info(())).await;
         answer.is_ok_and(|a| a.is_ok_and(|a| a.get_ref().service_status == ServiceInfoStatus::Healthy as i32))
+    }
+
+    /// Refuses a build whose snapshot no node here can load.
+    pub(crate) async fn check_runs(&self, vmm: &str) -> Result<(), ApiError> {
+        let vmms = self.vmms().await?;
+        // A node that says nothing is asked by trying.
+        if vmms.is_empty() || vmm.is_empty() || vmms.iter().any(|v| v == vmm) {
+            return Ok(());
+        }
+        Err(ApiError::new(
+            http::StatusCode::CONFLICT,
+            format!(
+                "The template was built by {vmm}, and no node runs that (they run {}): build it again (nidus template build)",
+                vmms.join(", ")
+            ),
+        ))
+    }
+
+    async fn vmms(&self) -> Result<Vec<String>, ApiError> {
+        let kept = self.vmms.lock().clone();
+        if let Some((at, vmms)) = kept
+            && at.elapsed() < LABELS_KEPT
+        {
+            return Ok(vmms);
+        }
+        let info = InfoServiceClient::new(self.channel.clone()).service_info(()).await?.into_inner();
+        let vmms: Vec<String> =
+            info.labels.iter().filter_map(|l| l.strip_prefix(VMM_LABEL)).map(str::to_owned).collect();
+        *self.vmms.lock() = Some((Instant::now(), vmms.clone()));
+        Ok(vmms)
     }
 
     pub(crate) async fn list(&self) -> Result<Vec<RunningSandbox>, ApiError> {

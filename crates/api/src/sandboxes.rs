@@ -1,4 +1,4 @@
-//! Sandboxes over REST. All that is known of them comes from the node.
+//! Sandboxes over REST. All that is known of running ones comes from the node.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,18 +9,19 @@ use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, TimeDelta, Utc};
 use http::StatusCode;
 use nidus_proto::node::{
-    RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxDeleteRequest, SandboxNetworkConfig,
-    SandboxNetworkEgressConfig, SandboxNetworkIngressConfig, SandboxUpdateRequest,
+    RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxNetworkConfig, SandboxNetworkEgressConfig,
+    SandboxNetworkIngressConfig, SandboxUpdateRequest,
 };
 use prost_types::Timestamp;
 use uuid::Uuid;
 
 use crate::auth::Team;
 use crate::input::{Input, OptionalInput};
-use crate::list::{self, Query};
+use crate::list::{self, Known, Query};
 use crate::model::{
     Lifecycle, ListedSandbox, Network, NewSandbox, RefreshRequest, Sandbox, SandboxDetail, TimeoutRequest,
 };
+use crate::pause;
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
 use crate::{Api, ApiError};
 
@@ -45,25 +46,26 @@ fn secret() -> Result<String, ApiError> {
     Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
 }
 
-fn timestamp(t: DateTime<Utc>) -> Timestamp {
+pub fn timestamp(t: DateTime<Utc>) -> Timestamp {
     Timestamp { seconds: t.timestamp(), nanos: t.timestamp_subsec_nanos().cast_signed() }
 }
 
-fn time(t: Option<Timestamp>) -> DateTime<Utc> {
+pub fn time(t: Option<Timestamp>) -> DateTime<Utc> {
     let t = t.unwrap_or_default();
     DateTime::from_timestamp(t.seconds, t.nanos.max(0).cast_unsigned()).unwrap_or_default()
 }
 
-fn not_found(id: &str) -> ApiError {
+pub fn not_found(id: &str) -> ApiError {
     ApiError::not_found(format!("Sandbox \"{}\" was not found", shown(id)))
 }
 
 /// What a client wrote, short and without control characters.
-fn shown(text: &str) -> String {
+pub fn shown(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(100).collect()
 }
 
-fn listed(s: &RunningSandbox) -> ListedSandbox {
+fn listed(known: &Known) -> ListedSandbox {
+    let s = &known.sandbox;
     let c = s.config.clone().unwrap_or_default();
     ListedSandbox {
         template_id: c.template_id,
@@ -76,19 +78,23 @@ fn listed(s: &RunningSandbox) -> ListedSandbox {
         memory_mb: c.ram_mb,
         disk_size_mb: c.total_disk_size_mb,
         metadata: c.metadata,
-        state: "running",
+        state: if known.paused { "paused" } else { "running" },
         envd_version: c.envd_version,
     }
 }
 
 impl Api {
     /// A running sandbox of this team. Another team's is as unknown as none.
-    async fn find(&self, team: &Team, id: &str) -> Result<RunningSandbox, ApiError> {
+    pub(crate) async fn running(&self, team: &Team, id: &str) -> Result<Option<RunningSandbox>, ApiError> {
         let found = self.nodes.list().await?.into_iter().find(|s| list::id(s) == id);
-        found.filter(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id)).ok_or_else(|| not_found(id))
+        Ok(found.filter(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id)))
     }
 
-    fn answer(&self, s: &RunningSandbox) -> Sandbox {
+    async fn find(&self, team: &Team, id: &str) -> Result<RunningSandbox, ApiError> {
+        self.running(team, id).await?.ok_or_else(|| not_found(id))
+    }
+
+    pub(crate) fn answer(&self, s: &RunningSandbox) -> Sandbox {
         let c = s.config.clone().unwrap_or_default();
         let ingress = c.network.and_then(|n| n.ingress);
         Sandbox {
@@ -103,7 +109,7 @@ impl Api {
         }
     }
 
-    fn timeout(&self, seconds: i64) -> Result<TimeDelta, ApiError> {
+    pub(crate) fn timeout(&self, seconds: i64) -> Result<TimeDelta, ApiError> {
         let max = i64::try_from(self.config.max_timeout.as_secs()).unwrap_or(i64::MAX);
         if seconds < 0 {
             return Err(ApiError::bad(format!("The timeout of {seconds} s is negative")));
@@ -151,6 +157,7 @@ impl Api {
             }
         }
         let (template, build) = self.usable(&team.id, &new.template_id).await?;
+        self.nodes.check_runs(&build.vmm_version).await?;
         let now = Utc::now();
         let network = network(new.network)?;
         let config = SandboxConfig {
@@ -299,7 +306,8 @@ pub async fn list_v1(
         .find(|(name, _)| name == "metadata")
         .map(|(_, value)| list::metadata(&value))
         .unwrap_or_default();
-    let mut all: Vec<ListedSandbox> = of_team(&api, &team).await?.iter().map(listed).collect();
+    let running = of_team(&api, &team).await?.into_iter().map(|sandbox| Known { sandbox, paused: false });
+    let mut all: Vec<ListedSandbox> = running.map(|k| listed(&k)).collect();
     all.retain(|s| wanted.iter().all(|(k, v)| s.metadata.get(k) == Some(v)));
     all.sort_by(|a, b| b.started_at.cmp(&a.started_at).then_with(|| a.sandbox_id.cmp(&b.sandbox_id)));
     Ok(Json(all))
@@ -311,7 +319,11 @@ pub async fn list_v2(
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
     let query = Query::parse(query.as_deref().unwrap_or_default())?;
-    let (page, next) = query.page(of_team(&api, &team).await?);
+    let running = of_team(&api, &team).await?;
+    let paused = if query.paused { pause::paused_of_team(&api, &team, &running).await? } else { Vec::new() };
+    let running = running.into_iter().map(|sandbox| Known { sandbox, paused: false });
+    let all = running.chain(paused.into_iter().map(|sandbox| Known { sandbox, paused: true }));
+    let (page, next) = query.page(all.collect());
     let mut response = Json(page.iter().map(listed).collect::<Vec<_>>()).into_response();
     if let Some(value) = next.and_then(|t| t.parse().ok()) {
         response.headers_mut().insert("x-next-token", value);
@@ -324,27 +336,23 @@ pub async fn detail(
     team: Team,
     Path(id): Path<String>,
 ) -> Result<Json<SandboxDetail>, ApiError> {
-    let s = api.find(&team, &id).await?;
-    let c = s.config.clone().unwrap_or_default();
+    let known = match api.running(&team, &id).await? {
+        Some(sandbox) => Known { sandbox, paused: false },
+        None => {
+            let all = api.store.snapshots_of(&team.id, &id).await?;
+            let newest = all.first().ok_or_else(|| not_found(&id))?;
+            Known { sandbox: pause::as_listed(newest), paused: true }
+        }
+    };
+    let c = known.sandbox.config.clone().unwrap_or_default();
     Ok(Json(SandboxDetail {
-        listed: listed(&s),
+        listed: listed(&known),
         network: network_of(&c),
         envd_access_token: c.envd_access_token,
         allow_internet_access: c.allow_internet_access,
         domain: api.config.domain.clone(),
         lifecycle: Lifecycle { auto_resume: false, on_timeout: "kill" },
     }))
-}
-
-pub async fn kill(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    api.find(&team, &id).await?;
-    let request =
-        SandboxDeleteRequest { sandbox_id: id.clone(), kill_reason: Some("killed by request".into()) };
-    match api.nodes.sandboxes().delete(request).await {
-        Ok(_) => Ok(StatusCode::NO_CONTENT),
-        Err(s) if s.code() == tonic::Code::NotFound => Err(not_found(&id)),
-        Err(s) => Err(s.into()),
-    }
 }
 
 pub async fn set_timeout(
@@ -360,7 +368,7 @@ pub async fn set_timeout(
 }
 
 /// Makes the time longer, never shorter.
-async fn extend(api: &Api, s: &RunningSandbox, length: TimeDelta) -> Result<(), ApiError> {
+pub async fn extend(api: &Api, s: &RunningSandbox, length: TimeDelta) -> Result<(), ApiError> {
     let end = Utc::now() + length;
     if end > time(s.end_time) {
         api.set_end(list::id(s), end).await?;
@@ -379,18 +387,6 @@ pub async fn refresh(
     let s = api.find(&team, &id).await?;
     extend(&api, &s, length).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-pub async fn connect(
-    State(api): Shared,
-    team: Team,
-    Path(id): Path<String>,
-    Input(request): Input<TimeoutRequest>,
-) -> Result<Json<Sandbox>, ApiError> {
-    let length = api.timeout(request.timeout)?;
-    let s = api.find(&team, &id).await?;
-    extend(&api, &s, length).await?;
-    Ok(Json(api.answer(&s)))
 }
 
 #[cfg(test)]

@@ -16,9 +16,12 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
-use crate::{Api, ApiError, sandboxes, templates};
+use crate::{Api, ApiError, pause, sandboxes, templates};
 
 const MAX_BODY_BYTES: usize = 1 << 20;
+/// A client's connection without a request for this long is closed. The SDKs keep theirs for up to
+/// 300 s and must be the first to close.
+const IDLE_TIME: Duration = Duration::from_secs(310);
 /// Requests in flight get this long when the API ends.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
 
@@ -56,11 +59,13 @@ fn router(api: Arc<Api>) -> Router {
         .route("/teams", get(teams))
         .route("/sandboxes", get(sandboxes::list_v1).post(sandboxes::create_v1))
         .route("/v2/sandboxes", get(sandboxes::list_v2).post(sandboxes::create_v2))
-        .route("/sandboxes/{id}", get(sandboxes::detail).delete(sandboxes::kill))
+        .route("/sandboxes/{id}", get(sandboxes::detail).delete(pause::kill))
         .route("/sandboxes/{id}/timeout", post(sandboxes::set_timeout))
         .route("/sandboxes/{id}/refreshes", post(sandboxes::refresh))
-        .route("/sandboxes/{id}/connect", post(sandboxes::connect))
-        .route("/v2/sandboxes/{id}/connect", post(sandboxes::connect))
+        .route("/sandboxes/{id}/pause", post(pause::pause))
+        .route("/sandboxes/{id}/resume", post(pause::resume))
+        .route("/sandboxes/{id}/connect", post(pause::connect))
+        .route("/v2/sandboxes/{id}/connect", post(pause::connect_v2))
         .route("/templates", get(templates::list))
         .route("/v2/templates", get(templates::list))
         .route("/v3/templates", post(templates::request_build))
@@ -75,8 +80,6 @@ fn router(api: Arc<Api>) -> Router {
         "/sandboxes/{id}/logs",
         "/v2/sandboxes/{id}/logs",
         "/sandboxes/{id}/metrics",
-        "/sandboxes/{id}/pause",
-        "/sandboxes/{id}/resume",
         "/sandboxes/{id}/fork",
         "/sandboxes/{id}/network",
         "/sandboxes/{id}/snapshots",
@@ -110,7 +113,7 @@ fn router(api: Arc<Api>) -> Router {
 pub async fn serve(listener: TcpListener, api: Arc<Api>, stop: CancellationToken) -> io::Result<()> {
     let router = router(api);
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(15));
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIME);
     builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(Duration::from_secs(20)));
     let graceful = GracefulShutdown::new();
     loop {

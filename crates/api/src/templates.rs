@@ -116,7 +116,12 @@ pub async fn delete(State(api): Shared, team: Team, Path(id): Path<String>) -> R
     let t = api.owned(&team, &id).await?;
     for b in api.store.builds(&t.id).await? {
         let request = TemplateBuildDeleteRequest { build_id: b.id, template_id: t.id.clone() };
-        api.nodes.templates().template_build_delete(request).await?;
+        match api.nodes.templates().template_build_delete(request).await {
+            Ok(_) => {}
+            // It failed, or is gone already.
+            Err(s) if s.code() == tonic::Code::NotFound => {}
+            Err(s) => return Err(s.into()),
+        }
     }
     api.store.delete_template(&t.id).await?;
     Ok(StatusCode::NO_CONTENT)

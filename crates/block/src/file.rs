@@ -67,17 +67,21 @@ impl PositionedFile {
         let (file, len) = (self.clone(), buf.len());
         let bytes = blocking(move || {
             let mut bytes = vec![0; len];
-            match file.file.read_exact_at(&mut bytes, offset) {
-                Ok(()) => Ok(bytes),
-                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
-                    Err(BlockError::Truncated { path: file.path.clone(), offset: offset + len as u64 })
-                }
-                Err(e) => Err(BlockError::io("read", &file.path, e)),
-            }
+            file.read_blocking(offset, &mut bytes).map(|()| bytes)
         })
         .await?;
         buf.copy_from_slice(&bytes);
         Ok(())
+    }
+
+    /// Fills `buf`. Blocks.
+    pub(crate) fn read_blocking(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        self.file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                BlockError::Truncated { path: self.path.clone(), offset: offset + buf.len() as u64 }
+            }
+            _ => BlockError::io("read", &self.path, e),
+        })
     }
 
     /// Writes all of `data`. Blocks.

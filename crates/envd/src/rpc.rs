@@ -178,6 +178,21 @@ impl Requests {
     }
 }
 
+impl Requests {
+    /// Reads what is left, which is no more than the body's end for a well-behaved client: an
+    /// HTTP/1 connection whose request was not read to its end cannot be used again.
+    async fn drain(mut self) {
+        let mut left = MAX_MESSAGE_BYTES;
+        while let Some(Ok(frame)) = self.body.frame().await {
+            let size = frame.data_ref().map_or(0, Bytes::len);
+            left = match left.checked_sub(size) {
+                Some(left) => left,
+                None => return,
+            };
+        }
+    }
+}
+
 fn stream_response(
     codec: Codec,
     pieces: impl Stream<Item = Result<Bytes, ConnectError>> + Send + 'static,
@@ -221,6 +236,7 @@ where
         work(caller, message).await
     }
     .await;
+    tokio::task::spawn_local(requests.drain());
     match started {
         Ok(events) => stream_response(
             codec,

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use hyper::body::Body as _;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -19,6 +20,9 @@ use crate::state::State;
 use crate::{auth, files, filesystem, init, metrics, process};
 
 const BACKLOG: u32 = 1024;
+/// A connection without a request for this long is closed. Longer than the proxy keeps one, so
+/// that it is never closed under a request that is on its way.
+const IDLE_TIME: Duration = Duration::from_secs(300);
 
 /// Binds the address, also right after an earlier envd left it.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -45,7 +49,7 @@ where
 /// Serves for ever. To be called in a `LocalSet`.
 pub async fn serve(listener: TcpListener, state: Arc<State>) {
     let mut builder = auto::Builder::new(OneThread);
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(60)).half_close(true);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIME).half_close(true);
     builder.http2().timer(TokioTimer::new()).max_concurrent_streams(1000);
     loop {
         let stream = match listener.accept().await {
@@ -72,7 +76,13 @@ pub async fn serve(listener: TcpListener, state: Arc<State>) {
 
 async fn handle(request: Request<Incoming>, state: Arc<State>) -> Response<Body> {
     let origin = request.headers().contains_key(header::ORIGIN);
+    let http1_body = request.version() <= Version::HTTP_11 && !request.body().is_end_stream();
     let mut response = route(request, &state).await;
+    if http1_body && response.status().as_u16() >= 400 {
+        // What was refused may not have been read to its end: the connection ends with the answer,
+        // and the answer says so, or the next request would be lost on it.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     if origin {
         // Pages use sandboxes from browsers; the token, not the origin, is what protects them.
         let h = response.headers_mut();

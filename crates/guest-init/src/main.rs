@@ -2,7 +2,7 @@
 //! the network interface, starts envd and stays to reap what nobody waits for.
 //!
 //! The initramfs holds this program as `/init`, the modules and `/modules.order`, their paths
-//! one a line. Kernel command line: `nidus.probe=1` says so on the console and powers off (the
+//! one a line. Kernel command line: `nidus.probe=1` says so on the console and ends (the
 //! host asks whether this kernel runs under its accelerator); `nidus.envd=PATH` names another
 //! program than `/usr/bin/envd`.
 
@@ -43,7 +43,7 @@ fn main() {
         say(&text);
     }
     // Nothing may go on without its parts: the host sees the VM end and shows the console.
-    power_off();
+    end();
 }
 
 fn start() -> Result<(), Failure> {
@@ -54,7 +54,7 @@ fn start() -> Result<(), Failure> {
     load_modules()?;
     if option("nidus.probe") == Some("1") {
         say("probe ok");
-        power_off();
+        end();
     }
     wait_for(Path::new(ROOT_DISK))?;
     mounts::switch_root(ROOT_DISK, NEW_ROOT)?;
@@ -71,9 +71,11 @@ fn say(text: &str) {
     }
 }
 
-fn power_off() -> ! {
+/// Ends the VM by a reset, which every VMM is told to take for the end (QEMU's `-no-reboot`).
+/// Firecracker has no power to be switched off.
+fn end() -> ! {
     nix::unistd::sync();
-    let _ = reboot(RebootMode::RB_POWER_OFF);
+    let _ = reboot(RebootMode::RB_AUTOBOOT);
     // The first process must not return: the kernel would panic, which is at least an end.
     std::process::exit(1);
 }

@@ -25,8 +25,9 @@ pub fn up() -> Result<(), Failure> {
     if !std::path::Path::new("/sys/class/net").join(INTERFACE).exists() {
         return Err(Failure::new(format!("find {INTERFACE}"), "no such interface"));
     }
-    // IPv6 leads nowhere here; programs would wait for it in vain.
-    let _ = fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
+    // IPv6 leads nowhere there, and programs would wait for it in vain. Loopback keeps it: what binds
+    // to "localhost" may take ::1.
+    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{INTERFACE}/disable_ipv6"), "1");
     let mut request = request(INTERFACE);
     request.ifr_ifru.ifru_addr = address(ADDRESS);
     call(&control, libc::SIOCSIFADDR, &raw mut request, "set the address")?;

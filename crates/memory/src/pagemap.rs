@@ -18,7 +18,7 @@ use crate::{Memfile, maps::mappings_of};
 
 mod scan;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Why the written pages of a process cannot be told.
 #[derive(Debug, thiserror::Error)]

@@ -18,6 +18,7 @@ mod error;
 mod firewall;
 mod link;
 mod namespace;
+mod netns_dir;
 mod pool;
 mod probe;
 mod reclaim;
@@ -28,7 +29,7 @@ pub use error::NetworkError;
 pub use pool::{Pool, PoolStats};
 pub use probe::{Check, probe};
 pub use reclaim::reclaim;
-pub use slot::{Addresses, NetworkConfig, NetworkSlot};
+pub use slot::{Addresses, NetworkConfig, NetworkSlot, TapMode};
 
 /// The guest's MAC address.
 pub const GUEST_MAC: &str = "02:FC:00:00:00:05";

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::slot::{NetworkConfig, NetworkSlot};
-use crate::{NetworkError, firewall, link};
+use crate::{NetworkError, firewall, link, netns_dir};
 
 /// Counters of a pool.
 #[derive(Debug, Default)]
@@ -60,6 +60,7 @@ impl Pool {
         config.check()?;
         let c = config.clone();
         blocking(move || {
+            netns_dir::prepare()?;
             firewall::apply(&c.table, &firewall::host_rules(&c))?;
             let path = "/proc/sys/net/ipv4/ip_forward";
             std::fs::write(path, "1").map_err(|e| NetworkError::io(format!("turn on {path}"), e))
@@ -143,7 +144,11 @@ impl Pool {
             self.inner.destroy(slot).await;
         }
         let table = self.inner.config.table.clone();
-        if let Err(e) = blocking(move || firewall::remove_table(&table)).await {
+        let removed = blocking(move || {
+            netns_dir::release();
+            firewall::remove_table(&table)
+        });
+        if let Err(e) = removed.await {
             tracing::warn!("while the network pool was shut down: {e}");
         }
     }

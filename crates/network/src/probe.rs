@@ -26,7 +26,7 @@ pub fn probe() -> Vec<Check> {
     let Ok(namespace) = namespace else { return checks };
     let parts = namespace.run(|| {
         let tap = tap::create("tap0").err().map(|e| e.to_string());
-        let rules = "table inet probe { chain c { type nat hook postrouting priority srcnat; masquerade; } }";
+        let rules = "table inet probe {\n chain c {\n type nat hook postrouting priority srcnat\n masquerade\n }\n}\n";
         let nft = firewall::apply("the probe", rules).err().map(|e| e.to_string());
         (tap, nft)
     });

@@ -24,6 +24,20 @@ pub struct NetworkConfig {
     pub first_index: u32,
     /// How many slots it may have.
     pub max_slots: u32,
+    /// How a VMM gets its tap.
+    pub tap: TapMode,
+}
+
+/// How a VMM gets its tap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TapMode {
+    /// As an open file that it inherits ([`NetworkSlot::open_tap`]).
+    Open,
+    /// By its name ([`NetworkSlot::tap_name`]), as the user id that is this number and the slot's index.
+    Named {
+        /// What the index is added to.
+        uid_base: u32,
+    },
 }
 
 impl Default for NetworkConfig {
@@ -36,6 +50,7 @@ impl Default for NetworkConfig {
             pair_range: Ipv4Addr::new(10, 12, 0, 0),
             first_index: 1,
             max_slots: 4096,
+            tap: TapMode::Open,
         }
     }
 }
@@ -107,7 +122,8 @@ pub struct Addresses {
 pub struct NetworkSlot {
     addresses: Addresses,
     namespace: Namespace,
-    tap: OwnedFd,
+    /// Nothing when the tap is opened by name.
+    tap: Option<OwnedFd>,
     internet: std::sync::atomic::AtomicBool,
 }
 
@@ -119,10 +135,16 @@ impl NetworkSlot {
         let ruleset = firewall::slot_rules(&addresses);
         let host = Namespace::current()?;
         let tap = namespace.run({
-            let a = addresses.clone();
-            move || -> Result<OwnedFd, NetworkError> {
+            let (a, mode) = (addresses.clone(), config.tap);
+            move || -> Result<Option<OwnedFd>, NetworkError> {
                 set_sysctls()?;
-                let tap = tap::create(crate::TAP_NAME)?;
+                let tap = match mode {
+                    TapMode::Open => Some(tap::create(crate::TAP_NAME)?),
+                    TapMode::Named { uid_base } => {
+                        tap::create_for(crate::TAP_NAME, uid_base + a.index)?;
+                        None
+                    }
+                };
                 link::configure_inside(&a, &host)?;
                 firewall::apply(&a.namespace, &ruleset)?;
                 Ok(tap)
@@ -158,8 +180,19 @@ impl NetworkSlot {
     }
 
     /// The tap for a VMM (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`), attached to `tap0`.
+    ///
+    /// # Errors
+    /// When the pool makes taps to be opened by name.
     pub fn open_tap(&self) -> Result<OwnedFd, NetworkError> {
-        self.tap.try_clone().map_err(|e| NetworkError::io("duplicate the tap", e))
+        let tap = self.tap.as_ref().ok_or_else(|| {
+            NetworkError::Config("this pool's taps are opened by their name, not inherited".into())
+        })?;
+        tap.try_clone().map_err(|e| NetworkError::io("duplicate the tap", e))
+    }
+
+    /// Name of the tap in the namespace.
+    pub fn tap_name(&self) -> &'static str {
+        crate::TAP_NAME
     }
 
     /// Allows or forbids new connections to the internet. A new slot allows them.

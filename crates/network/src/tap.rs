@@ -7,6 +7,29 @@ use crate::NetworkError;
 
 /// Makes the tap `name` in the calling thread's namespace. It lives as long as the file.
 pub fn create(name: &str) -> Result<OwnedFd, NetworkError> {
+    Ok(attach(name)?.into())
+}
+
+/// Makes the tap `name` in the calling thread's namespace, for the user `owner` to open by name. It
+/// lives as long as the namespace.
+pub fn create_for(name: &str, owner: u32) -> Result<(), NetworkError> {
+    let file = attach(name)?;
+    for (request, value, action) in
+        [(TUNSETOWNER, owner, "give away the tap"), (TUNSETPERSIST, 1, "keep the tap")]
+    {
+        // SAFETY: both take a number by value (linux/if_tun.h).
+        if unsafe { libc::ioctl(file.as_raw_fd(), request as _, libc::c_ulong::from(value)) } < 0 {
+            return Err(NetworkError::last(format!("{action} {name}")));
+        }
+    }
+    Ok(())
+}
+
+/// linux/if_tun.h: _IOW('T', 203 and 204, int).
+const TUNSETPERSIST: u32 = 0x4004_54cb;
+const TUNSETOWNER: u32 = 0x4004_54cc;
+
+fn attach(name: &str) -> Result<File, NetworkError> {
     let file = File::options()
         .read(true)
         .write(true)
@@ -22,5 +45,5 @@ pub fn create(name: &str) -> Result<OwnedFd, NetworkError> {
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
         return Err(NetworkError::last(format!("make the tap {name}")));
     }
-    Ok(file.into())
+    Ok(file)
 }

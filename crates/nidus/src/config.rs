@@ -18,6 +18,7 @@ const ALIASES: &[(&str, &str)] = &[
     ("DOMAIN_NAME", "domain"),
     ("ORCHESTRATOR_BASE_PATH", "data_dir"),
     ("HOST_ENVD_PATH", "envd"),
+    ("FIRECRACKER_VERSIONS_DIR", "firecracker"),
 ];
 
 /// Everything that can be set. Each field is `NIDUS_` and its name in capitals in the environment.
@@ -40,6 +41,14 @@ pub struct Config {
     pub node_id: Option<String>,
     /// Labels of this node.
     pub node_labels: Vec<String>,
+    /// What runs the guests: `auto`, `qemu` or `firecracker`.
+    pub vmm: VmmChoice,
+    /// Firecracker's program, or a directory with `VERSION/firecracker`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firecracker: Option<PathBuf>,
+    /// Version to take of that directory; the newest when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firecracker_version: Option<String>,
     /// QEMU's program.
     pub qemu: PathBuf,
     /// `auto`, `tcg` or `kvm`.
@@ -80,6 +89,18 @@ pub struct Config {
     pub log_format: Format,
 }
 
+/// What runs the guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum VmmChoice {
+    /// Firecracker where it boots the guest's kernel, else QEMU.
+    Auto,
+    /// QEMU.
+    Qemu,
+    /// Firecracker or nothing.
+    Firecracker,
+}
+
 /// Which accelerator QEMU uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -103,6 +124,9 @@ impl Default for Config {
             domain: None,
             node_id: None,
             node_labels: Vec::new(),
+            vmm: VmmChoice::Auto,
+            firecracker: None,
+            firecracker_version: None,
             qemu: PathBuf::from("qemu-system-x86_64"),
             accel: Accel::Auto,
             envd: None,
@@ -156,6 +180,8 @@ impl Config {
         let known: Vec<String> = match serde_json::to_value(Self {
             domain: Some(String::new()),
             node_id: Some(String::new()),
+            firecracker: Some(PathBuf::new()),
+            firecracker_version: Some(String::new()),
             envd: Some(PathBuf::new()),
             guest_init: Some(PathBuf::new()),
             ..Self::default()

@@ -1,14 +1,16 @@
 //! `nidus doctor`: what works here, found out by trying.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use nidus_block::ublk::Ublk;
 use nidus_vmm::cgroup::CgroupRoot;
 use nidus_vmm::guest::Kernel;
 use nidus_vmm::qemu::probe;
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::driver::{Answer, Probes};
 use crate::output::Output;
 
 #[derive(Debug, Serialize)]
@@ -48,7 +50,7 @@ pub async fn run(config: &Config, out: Output) -> anyhow::Result<ExitCode> {
     let qemu = probe::find(&config.qemu).await;
     let qemu = qemu.map(|(path, version)| format!("{} {version}", path.display())).map_err(|e| e.to_string());
     all.push(Finding::of("QEMU", qemu, "make setup"));
-    all.push(accelerator(config).await);
+    all.extend(drivers(config).await);
     if root {
         for c in nidus_network::probe() {
             let result = c.error.map_or_else(|| Ok("works".to_owned()), Err);
@@ -69,7 +71,7 @@ pub async fn run(config: &Config, out: Output) -> anyhow::Result<ExitCode> {
         ("dpkg-deb", "dpkg"),
         ("xz", "xz-utils"),
     ] {
-        let found = in_path(program).ok_or_else(|| "not found".to_owned());
+        let found = in_path(program).map(|p| p.display().to_string()).ok_or_else(|| "not found".to_owned());
         let fix = format!("apt-get install {package}");
         all.push(Finding::of(&format!("{program} (builds templates)"), found, &fix).optional());
     }
@@ -113,31 +115,49 @@ pub async fn run(config: &Config, out: Output) -> anyhow::Result<ExitCode> {
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// KVM can only be tried with a kernel, which the first start of the daemon brings.
-async fn accelerator(config: &Config) -> Finding {
-    let name = "hardware acceleration (KVM)";
+/// Drivers can only be tried with a kernel, which the first start of the daemon brings.
+async fn drivers(config: &Config) -> Vec<Finding> {
+    let (kvm, fc) = ("QEMU with KVM", "Firecracker");
     let kernels = Kernel::list(&config.data_dir.join("kernels"));
-    let result = match (kernels.last(), config.program(config.guest_init.as_ref(), "guest-init")) {
-        (Some(kernel), Ok(init)) => {
-            let chosen =
-                crate::accel::choose(config.accel, &config.qemu, kernel, &init, &config.data_dir).await;
-            match chosen {
-                Ok((nidus_vmm::qemu::Accel::Kvm, reason)) => Ok(reason),
-                Ok((_, reason)) => Err(reason),
-                Err(e) => Err(format!("{e:#}")),
-            }
-        }
-        _ => Err("is tried with the guest's kernel at the first nidus serve".to_owned()),
+    let init = config.program(config.guest_init.as_ref(), "guest-init");
+    let (Some(kernel), Ok(guest_init)) = (kernels.last(), init) else {
+        let later = || Err("is tried with the guest's kernel at the first nidus serve".to_owned());
+        return vec![Finding::of(kvm, later(), "").optional(), Finding::of(fc, later(), "").optional()];
     };
-    Finding::of(name, result, "").optional()
+    let probes = Probes { config, kernel, guest_init: &guest_init };
+    let text = |answer: anyhow::Result<Answer>| match answer {
+        Ok(Answer { works: true, reason }) => Ok(reason),
+        Ok(Answer { reason, .. }) => Err(reason),
+        Err(e) => Err(format!("{e:#}")),
+    };
+    let firecracker = match probes.firecracker_program().await {
+        Ok(Some(program)) => text(probes.firecracker(&program).await),
+        Ok(None) => Err("not found".to_owned()),
+        Err(e) => Err(format!("{e:#}")),
+    };
+    let fix = if matches!(&firecracker, Err(e) if e == "not found") {
+        "take a release from its project's page and set NIDUS_FIRECRACKER to the program"
+    } else {
+        ""
+    };
+    let ublk = nidus_block::ublk::probe();
+    let door = if ublk == Ublk::Absent { Err(ublk.to_string()) } else { Ok(ublk.to_string()) };
+    vec![
+        Finding::of(kvm, text(probes.qemu_kvm().await), "").optional(),
+        Finding::of(fc, firecracker, fix).optional(),
+        Finding::of("kernel NBD devices", nbd(), "").optional(),
+        Finding::of("ublk", door, "").optional(),
+    ]
 }
 
-fn in_path(program: &str) -> Option<String> {
+fn nbd() -> Result<String, String> {
+    nidus_block::nbd::kernel::probe().map(|()| "work".to_owned()).map_err(|e| e.to_string())
+}
+
+/// The program of this name in PATH.
+pub fn in_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|d| d.join(program))
-        .find(|p| p.is_file())
-        .map(|p| p.display().to_string())
+    std::env::split_paths(&path).map(|d| d.join(program)).find(|p| p.is_file())
 }
 
 fn space(dir: &Path) -> Finding {

@@ -1,12 +1,13 @@
 //! The `nidus` command: reads the configuration, wires the parts, speaks to people.
 
-mod accel;
 mod client;
 mod command;
 mod config;
 mod doctor;
+mod driver;
 mod lock;
 mod output;
+mod recipe;
 mod serve;
 
 use std::path::PathBuf;
@@ -35,7 +36,11 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run everything on this machine, in the foreground, until SIGTERM or Ctrl-C
-    Serve,
+    Serve {
+        /// What runs the guests; auto takes Firecracker on a KVM that works, else QEMU
+        #[arg(long, value_enum)]
+        vmm: Option<config::VmmChoice>,
+    },
     /// Say what works on this machine, and how to get what does not
     Doctor,
     /// Make, list and delete API keys
@@ -73,7 +78,10 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = Config::load(args.config.as_deref())?;
+    let mut config = Config::load(args.config.as_deref())?;
+    if let Command::Serve { vmm: Some(vmm) } = args.command {
+        config.vmm = vmm;
+    }
     let out = Output { json: args.json };
     if let Command::Config(ConfigCommand::Show) = args.command {
         if out.json {
@@ -83,13 +91,13 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if let Command::Serve = args.command {
+    if let Command::Serve { .. } = args.command {
         nidus_telemetry::init(config.log_format, &config.log)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
         match args.command {
-            Command::Serve => serve::run(&config).await.map(|()| ExitCode::SUCCESS),
+            Command::Serve { .. } => serve::run(&config).await.map(|()| ExitCode::SUCCESS),
             Command::Doctor => doctor::run(&config, out).await,
             Command::Key(c) => key::run(c, &config, out).await,
             Command::Env => env::run(&config, out).await,

@@ -50,11 +50,15 @@ impl Output {
     }
 }
 
-/// `3m 5s ago`, `in 4m`.
+/// `3m 5s ago`, `now`, `in 4m 2s`.
 pub fn relative(time: DateTime<Utc>) -> String {
     let seconds = (time - Utc::now()).num_seconds();
     let text = duration(seconds.unsigned_abs());
-    if seconds < 0 { format!("{text} ago") } else { format!("in {text}") }
+    match seconds {
+        ..0 => format!("{text} ago"),
+        0 => "now".to_owned(),
+        1.. => format!("in {text}"),
+    }
 }
 
 fn duration(seconds: u64) -> String {

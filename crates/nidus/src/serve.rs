@@ -6,30 +6,32 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use nidus_api::{Api, ApiConfig, Nodes, Store, TemplateSpec};
-use nidus_network::{NetworkConfig, Pool};
+use nidus_api::{Api, ApiConfig, Nodes, Store, TemplateSpec, VMM_LABEL};
+use nidus_network::{NetworkConfig, Pool, TapMode};
 use nidus_orchestrator::{Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, ProxyConfig};
 use nidus_sandbox::{Factory, FactoryConfig};
 use nidus_storage::LocalStore;
 use nidus_telemetry::LogSink;
-use nidus_template::{BuildConfig, Builder};
-use nidus_vmm::Vmm;
+use nidus_template::{BuildConfig, Builder, VmHost};
+use nidus_vmm::DriverId;
 use nidus_vmm::cgroup::CgroupRoot;
-use nidus_vmm::qemu::Qemu;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::accel;
 use crate::client::database;
-use crate::config::Config;
+use crate::config::{Config, VmmChoice};
+use crate::driver::{self, Probes};
 use crate::lock::{DataLock, RunDir, SLOTS_PER_DAEMON, SlotRange};
+use crate::recipe::{MadeWith, Recipe};
 
 /// Room that a template's build takes while it is made, in MiB.
 pub const BUILD_MIB: u64 = 2048;
 /// Less is a full disk: the database could not be written.
 const LEAST_MIB: u64 = 16;
+/// Name under which this host's kernel block devices are ours, over restarts.
+const INSTANCE: &str = "nidus";
 /// Longest wait for envd in a resumed guest.
 const ENVD_LIMIT: Duration = Duration::from_secs(60);
 /// Wait for the first warm machine before the API says that it is ready; it would work without.
@@ -106,9 +108,11 @@ struct Parts {
     _range: SlotRange,
     cgroups: CgroupRoot,
     network: Arc<Pool>,
+    host: Arc<VmHost>,
     factory: Arc<Factory>,
     node: Arc<Node>,
     catalog: InProcessCatalog,
+    made_with: MadeWith,
 }
 
 impl Parts {
@@ -117,14 +121,17 @@ impl Parts {
         let envd = config.program(config.envd.as_ref(), "envd")?;
         let guest_init = config.program(config.guest_init.as_ref(), "guest-init")?;
         // First of all, so that nothing has been done when it is missing.
-        nidus_vmm::qemu::probe::find(&config.qemu).await?;
+        if config.vmm != VmmChoice::Firecracker {
+            nidus_vmm::qemu::probe::find(&config.qemu).await?;
+        }
         let mut free = SlotRange::take_free()?;
-        let network_of = |range: &SlotRange| NetworkConfig {
+        let network_of = |range: &SlotRange, tap| NetworkConfig {
             table: range.name('_'),
             first_index: range.first_index(),
             max_slots: SLOTS_PER_DAEMON,
             host_range: config.host_range,
             pair_range: config.pair_range,
+            tap,
             ..NetworkConfig::default()
         };
         // What nobody holds was left by a daemon that was killed: VMs first, then their networks.
@@ -132,7 +139,7 @@ impl Parts {
             let groups = CgroupRoot::new(&range.name('-'))?;
             let vms = groups.reclaim()?;
             groups.remove();
-            let network = network_of(range);
+            let network = network_of(range, TapMode::Open);
             let slots = tokio::task::spawn_blocking(move || nidus_network::reclaim(&network)).await??;
             if vms + slots > 0 {
                 tracing::warn!(vms, slots, "removed what an earlier daemon left behind");
@@ -149,35 +156,49 @@ impl Parts {
             work: dir.join("build"),
             envd,
             guest_init: guest_init.clone(),
-            uid_base: config.uid_base,
         };
         Builder::reclaim(&build)?;
         if staged > 0 {
             tracing::warn!(staged, "removed builds that were never finished");
         }
         let kernel = nidus_template::ensure_kernel(&build.kernels, stop, |l| tracing::info!("{l}")).await?;
-        let (accel, reason) = accel::choose(config.accel, &config.qemu, &kernel, &guest_init, dir).await?;
-        tracing::info!("{reason}");
         let cgroups = CgroupRoot::new(&range.name('-'))?;
-        let qemu = Qemu::new(&config.qemu, accel, cgroups.clone()).await?;
-        let vmm: Arc<dyn Vmm> = Arc::new(qemu);
-        let network = Arc::new(Pool::start(network_of(&range), config.slots).await?);
+        let probes = Probes { config, kernel: &kernel, guest_init: &guest_init };
+        let (vmm, reason) = driver::choose(&probes, cgroups.clone()).await?;
+        let id = vmm.id();
+        if id.accel == "tcg" {
+            tracing::warn!("{reason}; guests run on {id}, some ten times slower than with hardware");
+        } else {
+            tracing::info!("{reason}; guests run on {id}");
+        }
+        let made_with = MadeWith {
+            envd: build.envd.clone(),
+            guest_init: guest_init.clone(),
+            kernel: kernel.version.clone(),
+            vmm: vmm.id().to_string(),
+        };
+        let tap = nidus_template::tap_mode(&vmm.needs(), config.uid_base);
+        let network = Arc::new(Pool::start(network_of(&range, tap), config.slots).await?);
         let overlays = run.0.join("overlays");
-        let factory =
-            FactoryConfig { overlays, uid_base: config.uid_base, warm: config.warm, envd_limit: ENVD_LIMIT };
-        let factory = match Factory::start(factory, store.clone(), vmm.clone(), network.clone()) {
-            Ok(f) => Arc::new(f),
+        let factory = FactoryConfig { overlays, warm: config.warm, envd_limit: ENVD_LIMIT };
+        let started = async {
+            let host = VmHost::open(vmm.clone(), network.clone(), config.uid_base, INSTANCE).await?;
+            let host = Arc::new(host);
+            Ok::<_, anyhow::Error>((host.clone(), Factory::start(factory, store.clone(), host)?))
+        };
+        let (host, factory) = match started.await {
+            Ok((host, factory)) => (host, Arc::new(factory)),
             Err(e) => {
                 network.shutdown().await;
                 cgroups.remove();
-                return Err(e.into());
+                return Err(e);
             }
         };
-        let builder = Arc::new(Builder::new(build, store, vmm, network.clone()));
+        let builder = Arc::new(Builder::new(build, store, host.clone()));
         let catalog = InProcessCatalog::new();
         let node = NodeConfig {
             node_id: node_id(config)?,
-            labels: config.node_labels.clone(),
+            labels: labels(config, &id),
             max_sandboxes: config.max_sandboxes,
             max_starting: config.max_starting,
             start_limit: Duration::from_secs(60),
@@ -186,7 +207,7 @@ impl Parts {
             data_dir: dir.clone(),
         };
         let node = Node::new(node, factory.clone(), builder, catalog.clone(), Arc::new(LogSink));
-        Ok(Self { _run: run, _range: range, cgroups, network, factory, node, catalog })
+        Ok(Self { _run: run, _range: range, cgroups, network, host, factory, node, catalog, made_with })
     }
 
     /// Serves until `stop`, or until the base template cannot be had.
@@ -250,20 +271,27 @@ impl Parts {
             memory_mb: config.base_memory_mb,
             public: true,
         };
-        if !api.has_template(name).await? {
-            let free = free_mib(&config.data_dir)?;
-            if free < BUILD_MIB {
-                bail!(
-                    "There is no space to build the template {name}: {free} MiB are free at {}, {BUILD_MIB} are needed",
-                    config.data_dir.display()
-                );
+        let recipe = Recipe::of(config, &self.made_with)?;
+        let known = Recipe::load(&config.data_dir);
+        let build = match api.ready_build(name).await? {
+            // One that somebody else made of this name is theirs to make again.
+            Some(b) if known.as_ref().is_none_or(|k| k.build != b || k.digest == recipe) => b,
+            older => {
+                match older {
+                    None => tracing::info!("building the template {name}: once, and for some minutes"),
+                    Some(_) => {
+                        tracing::info!("building the template {name} again: what it is made of has changed")
+                    }
+                }
+                enough_space(config, name)?;
+                // The node logs each step.
+                let built = api.build_template(name, spec).await;
+                let built = built
+                    .map_err(|e| anyhow!("The template {name} cannot be built: {}", one_line(&e.message)))?;
+                Recipe { build: built.clone(), digest: recipe }.save(&config.data_dir)?;
+                built
             }
-            tracing::info!("building the template {name}: once, and for some minutes");
-        }
-        // The node logs each step.
-        let build = api.ensure_template(name, spec, |_| {}).await;
-        let build =
-            build.map_err(|e| anyhow!("The template {name} cannot be built: {}", one_line(&e.message)))?;
+        };
         let build = build.parse()?;
         self.factory.prewarm(build).await;
         if config.warm > 0 {
@@ -277,13 +305,32 @@ impl Parts {
 
     /// Everything back, last first.
     async fn release(self) {
-        let Self { _run, _range, cgroups, network, factory, node, catalog } = self;
+        let Self { _run, _range, cgroups, network, host, factory, node, catalog, made_with: _ } = self;
         drop((node, catalog));
         factory.shutdown().await;
         drop(factory);
+        host.shutdown().await;
         network.shutdown().await;
         cgroups.remove();
     }
+}
+
+/// The configured labels and the one that says which snapshots can be loaded here.
+fn labels(config: &Config, vmm: &DriverId) -> Vec<String> {
+    let mut labels = config.node_labels.clone();
+    labels.push(format!("{VMM_LABEL}{vmm}"));
+    labels
+}
+
+fn enough_space(config: &Config, name: &str) -> anyhow::Result<()> {
+    let free = free_mib(&config.data_dir)?;
+    if free < BUILD_MIB {
+        bail!(
+            "There is no space to build the template {name}: {free} MiB are free at {}, {BUILD_MIB} are needed",
+            config.data_dir.display()
+        );
+    }
+    Ok(())
 }
 
 /// The last lines of a tool's output are what matters, and a sentence is wanted.

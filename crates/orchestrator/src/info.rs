@@ -1,7 +1,6 @@
 //! `InfoService`: what the node is and how full it is, read from /proc.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 
 use nidus_proto::node::info_service_server::InfoService;
 use nidus_proto::node::*;
@@ -84,7 +83,7 @@ fn measure(node: &Node) -> ServiceInfoResponse {
         vcpus += u64::try_from(c.vcpu).unwrap_or(0);
         ram_mb += u64::try_from(c.ram_mb).unwrap_or(0);
         disk_mb += u64::try_from(c.total_disk_size_mb).unwrap_or(0);
-        running += u32::from(e.running.load(Relaxed));
+        running += u32::from(e.is_running());
     }
     ServiceInfoResponse {
         node_id: node.config.node_id.clone(),

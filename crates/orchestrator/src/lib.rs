@@ -9,6 +9,7 @@ mod builds;
 mod info;
 mod node;
 mod owner;
+mod pause;
 mod sandbox_service;
 mod server;
 mod template_service;

@@ -8,11 +8,11 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use nidus_proto::node::{SandboxConfig, ServiceInfoStatus};
 use nidus_proxy::InProcessCatalog;
-use nidus_sandbox::Factory;
+use nidus_sandbox::{Factory, PauseError, PauseSpec, Paused};
 use nidus_telemetry::Sink;
 use nidus_template::Builder;
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -60,6 +60,28 @@ pub struct Node {
     closing: AtomicBool,
 }
 
+/// Where a sandbox is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// It does not answer yet.
+    Starting,
+    /// It answers, is listed and routed to.
+    Running,
+    /// It stands still while it is stored; then it is gone, or runs on.
+    Pausing,
+    /// It is being released.
+    Ending,
+    /// It is being released, or was, after it had been stored.
+    Paused,
+}
+
+/// A pause, from the service to the sandbox's owner.
+pub(crate) struct PauseRequest {
+    pub spec: PauseSpec,
+    /// Dropped without an answer when the sandbox ended before.
+    pub done: oneshot::Sender<Result<Paused, PauseError>>,
+}
+
 /// A sandbox in the node's map: what others may know of it and ask of it.
 pub(crate) struct Entry {
     pub config: SandboxConfig,
@@ -69,8 +91,10 @@ pub(crate) struct Entry {
     pub kill: CancellationToken,
     /// Why, when it was asked to.
     pub reason: Mutex<Option<String>>,
-    /// Set once it answers.
-    pub running: AtomicBool,
+    /// Where it is in its life.
+    pub state: Mutex<State>,
+    /// Takes one pause to its owner.
+    pub pauses: mpsc::Sender<PauseRequest>,
     /// Set by its owner when everything of it is released.
     pub released: watch::Sender<bool>,
 }
@@ -81,6 +105,24 @@ impl Entry {
         let mut released = self.released.subscribe();
         // The sender lives as long as `self`, so this cannot fail.
         let _ = released.wait_for(|r| *r).await;
+    }
+
+    /// Whether it is to be listed and can be paused.
+    pub fn is_running(&self) -> bool {
+        *self.state.lock() == State::Running && !self.kill.is_cancelled()
+    }
+
+    /// From running to pausing; one pause at a time. The state that it is in when that cannot be.
+    pub fn begin_pause(&self) -> Result<(), State> {
+        let mut state = self.state.lock();
+        match *state {
+            State::Running if self.kill.is_cancelled() => Err(State::Ending),
+            State::Running => {
+                *state = State::Pausing;
+                Ok(())
+            }
+            other => Err(other),
+        }
     }
 
     pub fn ask_to_end(&self, reason: &str) {

@@ -8,10 +8,10 @@ use chrono::Utc;
 use nidus_proxy::Route;
 use nidus_sandbox::{CreateError, Sandbox, SandboxSpec};
 use nidus_telemetry::{Event, EventKind};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::node::{Entry, Node};
+use crate::node::{Entry, Node, PauseRequest, State};
 
 /// The wall clock may be set: a far end time is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -28,34 +28,59 @@ pub(crate) async fn own(
     node: Arc<Node>,
     entry: Arc<Entry>,
     spec: SandboxSpec,
+    mut pauses: mpsc::Receiver<PauseRequest>,
     started: oneshot::Sender<Result<(), StartError>>,
 ) {
     let id = spec.sandbox_id.clone();
     match start(&node, &entry, spec).await {
-        Ok(sandbox) => {
+        Ok(mut sandbox) => {
             node.create_successes.fetch_add(1, Relaxed);
-            let gone = CancellationToken::new();
-            let ingress = entry.config.network.as_ref().and_then(|n| n.ingress.as_ref());
-            node.catalog.insert(
-                id.clone(),
-                Route {
-                    host_ip: sandbox.host_ip(),
-                    traffic_access_token: ingress.and_then(|i| i.traffic_access_token.clone()),
-                    mask_request_host: ingress.and_then(|i| i.mask_request_host.clone()),
-                    gone: gone.clone(),
-                },
-            );
-            entry.running.store(true, Relaxed);
-            emit(&node, &entry, EventKind::Created, None);
+            let mut gone = open(&node, &entry, &sandbox);
+            let kind = if entry.config.snapshot { EventKind::Resumed } else { EventKind::Created };
+            emit(&node, &entry, kind, None);
             let _ = started.send(Ok(()));
-            let reason = until_end(&entry, &sandbox).await;
-            node.catalog.remove(&id);
-            gone.cancel();
+            let (kind, reason, paused) = loop {
+                let end = until_end(&entry, &sandbox, &mut pauses).await;
+                // From here on it is neither listed nor routed to, whatever ended it.
+                let pauses = matches!(end, End::Pause(_));
+                *entry.state.lock() = if pauses { State::Pausing } else { State::Ending };
+                node.catalog.remove(&id);
+                gone.cancel();
+                let PauseRequest { spec, done } = match end {
+                    End::Over(reason) => break (EventKind::Killed, Some(reason), None),
+                    End::Pause(request) => request,
+                };
+                match sandbox.pause(&spec).await {
+                    Ok(paused) => break (EventKind::Paused, None, Some((done, paused))),
+                    Err(e) => {
+                        tracing::warn!(sandbox = %id, "could not be paused: {e}");
+                        let runs_on = e.runs_on();
+                        let reason = e.to_string();
+                        if runs_on {
+                            gone = open(&node, &entry, &sandbox);
+                        }
+                        let _ = done.send(Err(e));
+                        if !runs_on {
+                            break (EventKind::Killed, Some(reason), None);
+                        }
+                    }
+                }
+            };
+            *entry.state.lock() = if paused.is_some() { State::Paused } else { State::Ending };
             let result = sandbox.kill().await;
-            emit(&node, &entry, EventKind::Killed, Some(reason));
+            emit(&node, &entry, kind, reason);
             if let Err(e) = result {
                 tracing::warn!(sandbox = %id, "while it was released: {e}");
                 emit(&node, &entry, EventKind::Failed, Some(e.to_string()));
+            }
+            // First out of the map, then the answer: it may be resumed at once.
+            release(&node, &entry, &id);
+            if let Some((done, paused)) = paused {
+                tracing::info!(
+                    sandbox = %id, build = %paused.metadata.build_id, stop_time = ?paused.stop_time,
+                    memory_bytes = paused.memory_bytes, disk_bytes = paused.disk_bytes, "paused"
+                );
+                let _ = done.send(Ok(paused));
             }
         }
         Err(e) => {
@@ -67,10 +92,25 @@ pub(crate) async fn own(
             // First out of the map, then the answer: a caller that tries again at once may.
             release(&node, &entry, &id);
             let _ = started.send(Err(e));
-            return;
         }
     }
-    release(&node, &entry, &id);
+}
+
+/// Routes to a sandbox that answers and lists it; cancelling the result cuts its connections.
+fn open(node: &Node, entry: &Entry, sandbox: &Sandbox) -> CancellationToken {
+    let gone = CancellationToken::new();
+    let ingress = entry.config.network.as_ref().and_then(|n| n.ingress.as_ref());
+    node.catalog.insert(
+        sandbox.id().to_owned(),
+        Route {
+            host_ip: sandbox.host_ip(),
+            traffic_access_token: ingress.and_then(|i| i.traffic_access_token.clone()),
+            mask_request_host: ingress.and_then(|i| i.mask_request_host.clone()),
+            gone: gone.clone(),
+        },
+    );
+    *entry.state.lock() = State::Running;
+    gone
 }
 
 fn release(node: &Node, entry: &Entry, id: &str) {
@@ -93,22 +133,31 @@ async fn start(node: &Node, entry: &Entry, spec: SandboxSpec) -> Result<Sandbox,
     result
 }
 
+/// What a sandbox's running ends with.
+enum End {
+    /// It is to be released, and why.
+    Over(String),
+    /// It is to be stored first.
+    Pause(PauseRequest),
+}
+
 /// Waits for the first reason to end it, and says which.
-async fn until_end(entry: &Entry, sandbox: &Sandbox) -> String {
+async fn until_end(entry: &Entry, sandbox: &Sandbox, pauses: &mut mpsc::Receiver<PauseRequest>) -> End {
     let mut end = entry.end.subscribe();
-    let exited = sandbox.exited();
-    tokio::pin!(exited);
+    let failed = sandbox.failed();
+    tokio::pin!(failed);
     loop {
         let left = (*end.borrow_and_update() - Utc::now()).to_std().unwrap_or_default();
         if left.is_zero() {
-            return "its time is over".to_owned();
+            return End::Over("its time is over".to_owned());
         }
         tokio::select! {
             biased;
             () = entry.kill.cancelled() => {
-                return entry.reason.lock().clone().unwrap_or_else(|| "killed".to_owned());
+                return End::Over(entry.reason.lock().clone().unwrap_or_else(|| "killed".to_owned()));
             }
-            status = &mut exited => return format!("the VM ended by itself ({status})"),
+            reason = &mut failed => return End::Over(reason),
+            Some(request) = pauses.recv() => return End::Pause(request),
             _ = end.changed() => {}
             () = tokio::time::sleep(left.min(LOOK_AGAIN)) => {}
         }

@@ -1,7 +1,6 @@
 //! `SandboxService` of the contract.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use chrono::{DateTime, Utc};
 use nidus_proto::node::sandbox_service_server::SandboxService;
@@ -9,14 +8,16 @@ use nidus_proto::node::*;
 use nidus_sandbox::{CreateError, SandboxSpec};
 use nidus_storage::BuildId;
 use nidus_telemetry::EventKind;
+use parking_lot::Mutex;
 use prost_types::Timestamp;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::Node;
-use crate::node::Entry;
+use crate::node::{Entry, PauseRequest, State};
 use crate::owner::{StartError, emit, own};
+use crate::pause;
 
 const ID_LIMIT: usize = 64;
 
@@ -147,19 +148,22 @@ impl SandboxService for Sandboxes {
             env_vars: config.env_vars.clone(),
             access_token: config.envd_access_token.clone(),
             allow_internet,
+            snapshot: config.snapshot,
         };
+        let (pauses, asked) = mpsc::channel(1);
         let entry = Arc::new(Entry {
             config,
             start,
             end: watch::Sender::new(end),
             kill: CancellationToken::new(),
             reason: Default::default(),
-            running: AtomicBool::new(false),
+            state: Mutex::new(State::Starting),
+            pauses,
             released: watch::Sender::new(false),
         });
         self.admit(&entry)?;
         let (tell, started) = oneshot::channel();
-        tokio::spawn(own(self.0.clone(), entry.clone(), spec, tell));
+        tokio::spawn(own(self.0.clone(), entry.clone(), spec, asked, tell));
         match started.await {
             Ok(Ok(())) => {}
             Ok(Err(StartError::Busy)) => {
@@ -202,7 +206,7 @@ impl SandboxService for Sandboxes {
 
     async fn list(&self, _: Request<()>) -> Result<Response<SandboxListResponse>, Status> {
         let entries: Vec<Arc<Entry>> = self.0.sandboxes.lock().values().cloned().collect();
-        let listed = entries.iter().filter(|e| e.running.load(Relaxed) && !e.kill.is_cancelled());
+        let listed = entries.iter().filter(|e| e.is_running());
         let sandboxes = listed
             .map(|e| RunningSandbox {
                 client_id: self.0.config.node_id.clone(),
@@ -225,11 +229,29 @@ impl SandboxService for Sandboxes {
         let first = !entry.kill.is_cancelled();
         entry.ask_to_end(request.kill_reason.as_deref().unwrap_or("killed"));
         entry.gone().await;
-        if first { Ok(Response::new(())) } else { Err(not_found(&request.sandbox_id)) }
+        // A pause under way goes to its end; what was paused is not here to be killed any more.
+        let killed = first && *entry.state.lock() != State::Paused;
+        if killed { Ok(Response::new(())) } else { Err(not_found(&request.sandbox_id)) }
     }
 
-    async fn pause(&self, _: Request<SandboxPauseRequest>) -> Result<Response<SandboxPauseResponse>, Status> {
-        Err(Status::unimplemented("pausing is not supported yet"))
+    async fn pause(
+        &self,
+        request: Request<SandboxPauseRequest>,
+    ) -> Result<Response<SandboxPauseResponse>, Status> {
+        let request = request.into_inner();
+        let spec = pause::spec(&request)?;
+        let id = &request.sandbox_id;
+        let entry = self.entry(id)?;
+        entry.begin_pause().map_err(|state| pause::not_now(id, state))?;
+        let (done, answer) = oneshot::channel();
+        // There is room: one pause at a time comes this far.
+        entry.pauses.try_send(PauseRequest { spec, done }).map_err(|_| not_found(id))?;
+        match answer.await {
+            Ok(Ok(paused)) => Ok(Response::new(pause::response(&paused))),
+            Ok(Err(e)) => Err(pause::status(id, &e)),
+            // It ended before its owner came to the pause.
+            Err(_) => Err(not_found(id)),
+        }
     }
 
     async fn checkpoint(

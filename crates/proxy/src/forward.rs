@@ -18,10 +18,8 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use crate::reply::{self, Body};
 use crate::target::{ID_HEADER, PORT_HEADER};
 use crate::upstream::{ConnectError, Permit, Upstream, Upstreams};
-use crate::{Catalog, ProxyConfig, Route, Target, upgrade};
+use crate::{Catalog, ENVD_PORT, ProxyConfig, Route, Target, upgrade};
 
-/// envd's port: its own token protects it, and its control paths are the host's alone.
-const ENVD_PORT: u16 = 49983;
 const TOKEN_HEADER: &str = "e2b-traffic-access-token";
 /// Paths of envd that only the node may call.
 const CONTROL: &[&str] = &["/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw"];
@@ -98,7 +96,9 @@ impl Proxy {
     }
 
     /// Sends over a kept connection if there is one. When that one turns out to be closed
-    /// before anything was sent, hyper hands the request back and it goes over a new one.
+    /// before anything was sent, hyper hands the request back and it goes over a new one. When it
+    /// may have been sent, it goes again if it changes nothing to do it twice (RFC 9110, 9.2.2)
+    /// and nothing of a body is gone.
     async fn send(
         &self,
         upstream: &Arc<Upstream>,
@@ -107,12 +107,13 @@ impl Proxy {
         upgrade: bool,
     ) -> Result<Response<Incoming>, SendError> {
         while let Some(mut kept) = (!upgrade).then(|| upstream.kept(port)).flatten() {
+            let again = copy_to_repeat(&request);
             match kept.try_send_request(request).await {
                 Ok(response) => {
                     upstream.keep(port, kept);
                     return Ok(response);
                 }
-                Err(mut e) => match e.take_message() {
+                Err(mut e) => match e.take_message().or(again) {
                     Some(unsent) => request = unsent,
                     None => return Err(SendError::Lost(e.into_error())),
                 },
@@ -125,6 +126,19 @@ impl Proxy {
         }
         Ok(response)
     }
+}
+
+/// The request once more, if it may be sent twice.
+fn copy_to_repeat(request: &Request<Body>) -> Option<Request<Body>> {
+    if !request.method().is_idempotent() || !request.body().is_end_stream() {
+        return None;
+    }
+    let mut copy = Request::new(reply::full(""));
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    Some(copy)
 }
 
 enum SendError {
@@ -158,7 +172,7 @@ fn normal_path(path: &str) -> String {
     let mut decoded = path.as_bytes().to_vec();
     // Decoded until nothing changes: what is encoded twice may be decoded twice.
     loop {
-        let next = percent_decode(&decoded);
+        let next: Vec<u8> = percent_encoding::percent_decode(&decoded).collect();
         if next == decoded {
             break;
         }
@@ -177,25 +191,6 @@ fn normal_path(path: &str) -> String {
         }
     }
     format!("/{}", segments.join("/"))
-}
-
-fn percent_decode(bytes: &[u8]) -> Vec<u8> {
-    let hex = |b: u8| (b as char).to_digit(16).map(|d| d as u8);
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut i = 0;
-    while i < bytes.len() {
-        if bytes[i] == b'%'
-            && i + 2 < bytes.len()
-            && let (Some(h), Some(l)) = (hex(bytes[i + 1]), hex(bytes[i + 2]))
-        {
-            out.push(h << 4 | l);
-            i += 3;
-            continue;
-        }
-        out.push(bytes[i]);
-        i += 1;
-    }
-    out
 }
 
 fn wants_upgrade(headers: &HeaderMap) -> bool {

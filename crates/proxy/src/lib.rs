@@ -6,6 +6,10 @@
 //! sandboxes. Bodies stream both ways, unbuffered; upgrades (WebSocket) become plain tunnels.
 //! When a sandbox ends, every connection to it is closed.
 
+/// The port of envd in every guest. Its own token protects it, and its control paths are the
+/// host's alone.
+const ENVD_PORT: u16 = 49983;
+
 mod catalog;
 mod forward;
 mod reply;

@@ -18,6 +18,10 @@ use crate::forward::Proxy;
 /// Streams in flight get this long when the proxy ends.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
+/// A client's connection without a request for this long is closed. The SDKs keep theirs for up to
+/// 300 s and must be the first to close.
+const IDLE_TIME: Duration = Duration::from_secs(310);
+
 /// Settings of the proxy.
 #[derive(Debug, Clone)]
 pub struct ProxyConfig {
@@ -54,7 +58,7 @@ pub async fn serve(
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_secs(30))
+        .header_read_timeout(IDLE_TIME)
         .max_buf_size(256 << 10)
         .half_close(true)
         .preserve_header_case(true);

@@ -14,12 +14,19 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::reply::Body;
-use crate::{ProxyConfig, Route};
+use crate::{ENVD_PORT, ProxyConfig, Route};
 
 /// Idle connections kept for one port of one sandbox.
 const MAX_IDLE: usize = 32;
-/// And for how long.
-const IDLE_TIME: Duration = Duration::from_secs(60);
+/// And for how long: servers close idle connections too, common ones after 5 s, and a request that
+/// meets the close is lost.
+const IDLE_TIME: Duration = Duration::from_secs(4);
+/// envd waits for minutes.
+const ENVD_IDLE_TIME: Duration = Duration::from_secs(60);
+
+fn idle_time(port: u16) -> Duration {
+    if port == ENVD_PORT { ENVD_IDLE_TIME } else { IDLE_TIME }
+}
 
 struct Idle {
     sender: SendRequest<Body>,
@@ -88,7 +95,7 @@ impl Upstream {
         let mut idle = self.idle.lock();
         let list = idle.get_mut(&port)?;
         while let Some(i) = list.pop() {
-            if i.since.elapsed() < IDLE_TIME && i.sender.is_ready() && !i.sender.is_closed() {
+            if i.since.elapsed() < idle_time(port) && i.sender.is_ready() && !i.sender.is_closed() {
                 return Some(i.sender);
             }
         }
@@ -106,7 +113,7 @@ impl Upstream {
             if free {
                 let mut idle = this.idle.lock();
                 let list = idle.entry(port).or_default();
-                list.retain(|i| i.since.elapsed() < IDLE_TIME && !i.sender.is_closed());
+                list.retain(|i| i.since.elapsed() < idle_time(port) && !i.sender.is_closed());
                 if list.len() < MAX_IDLE {
                     list.push(Idle { sender, since: Instant::now() });
                 }

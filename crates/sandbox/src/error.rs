@@ -1,8 +1,10 @@
 //! Why a sandbox could not be made or ended.
 
 use nidus_storage::BuildId;
-use nidus_template::MetadataError;
+use nidus_template::{DiskError, MetadataError};
 use nidus_vmm::VmmError;
+
+use crate::served::MemoryError;
 
 /// Why [`crate::Factory::create`] failed. Whatever had been acquired is released.
 #[derive(Debug, thiserror::Error)]
@@ -31,11 +33,17 @@ pub enum CreateError {
     #[error("envd did not answer: {0}")]
     Envd(#[from] nidus_envd_protocol::EnvdError),
     /// The VM ended before it was ready.
-    #[error("the VM ended before it was ready ({0})")]
+    #[error("it was not ready yet: {0}")]
     Ended(String),
     /// The VMM.
     #[error(transparent)]
     Vmm(#[from] VmmError),
+    /// Its memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The disk as the VMM has it.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The network slot.
     #[error(transparent)]
     Network(#[from] nidus_network::NetworkError),
@@ -45,6 +53,9 @@ pub enum CreateError {
     /// Storage.
     #[error(transparent)]
     Storage(#[from] nidus_storage::StorageError),
+    /// The memory of a paused sandbox.
+    #[error("the memory of a paused sandbox cannot be put in place: {0}")]
+    Restore(#[from] crate::PauseError),
     /// A file operation.
     #[error("Cannot {action}: {source}")]
     Io {
@@ -68,4 +79,7 @@ pub enum KillError {
     /// The VMM.
     #[error(transparent)]
     Vmm(#[from] VmmError),
+    /// The disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }

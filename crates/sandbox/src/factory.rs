@@ -9,10 +9,8 @@ use std::time::Duration;
 use base64::Engine;
 use chrono::Utc;
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
-use nidus_network::Pool;
 use nidus_storage::{BuildId, LocalStore};
-use nidus_template::TemplateMetadata;
-use nidus_vmm::Vmm;
+use nidus_template::{TemplateMetadata, VmHost};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -27,8 +25,6 @@ use crate::{CreateError, KillError, OpenTemplate};
 pub struct FactoryConfig {
     /// Directory of overlay files; emptied when the factory starts.
     pub overlays: PathBuf,
-    /// The VMM of slot N runs as user id `uid_base + N`.
-    pub uid_base: u32,
     /// Machines kept warm for each template in use; 0 turns it off.
     pub warm: usize,
     /// Longest time from letting a guest run to envd's answer.
@@ -50,6 +46,8 @@ pub struct SandboxSpec {
     pub access_token: Option<String>,
     /// Whether it may reach the internet.
     pub allow_internet: bool,
+    /// Whether the build is a paused sandbox, which is resumed once, rather than a template.
+    pub snapshot: bool,
 }
 
 /// Makes sandboxes on this node.
@@ -61,8 +59,7 @@ pub struct Factory {
 struct Inner {
     config: FactoryConfig,
     store: Arc<LocalStore>,
-    vmm: Arc<dyn Vmm>,
-    network: Arc<Pool>,
+    host: Arc<VmHost>,
     templates: tokio::sync::Mutex<HashMap<BuildId, Arc<OpenTemplate>>>,
     warm: WarmSet,
     wake: Notify,
@@ -77,8 +74,7 @@ impl Factory {
     pub fn start(
         config: FactoryConfig,
         store: Arc<LocalStore>,
-        vmm: Arc<dyn Vmm>,
-        network: Arc<Pool>,
+        host: Arc<VmHost>,
     ) -> Result<Self, CreateError> {
         let dir = &config.overlays;
         std::fs::create_dir_all(dir).map_err(|e| CreateError::io(format!("make {}", dir.display()), e))?;
@@ -89,8 +85,7 @@ impl Factory {
         let inner = Arc::new(Inner {
             config,
             store,
-            vmm,
-            network,
+            host,
             templates: Default::default(),
             warm: WarmSet::default(),
             wake: Notify::new(),
@@ -159,6 +154,7 @@ impl Inner {
         let mut dead = Vec::new();
         let machine = match self.warm.take(spec.build_id, &mut dead) {
             Some(m) => m,
+            None if spec.snapshot => self.prepare_once(spec.build_id).await?,
             None => self.prepare(spec.build_id).await?,
         };
         if !dead.is_empty() {
@@ -171,9 +167,14 @@ impl Inner {
             r = sandbox.wake() => r,
         };
         // Only now: making the next one must not take the processors from this one.
-        self.want(sandbox.spec.build_id).await;
+        if !sandbox.spec.snapshot {
+            self.want(sandbox.spec.build_id).await;
+        }
         match started {
-            Ok(()) => Ok(sandbox),
+            Ok(()) => {
+                sandbox.machine.record();
+                Ok(sandbox)
+            }
             Err(e) => {
                 if let Err(also) = sandbox.kill().await {
                     tracing::warn!("while a failed sandbox was released: {also}");
@@ -188,19 +189,23 @@ impl Inner {
         if let Some(t) = templates.get(&build) {
             return Ok(t.clone());
         }
-        let t = Arc::new(OpenTemplate::open(&self.store, build, &self.vmm.id()).await?);
+        let t = Arc::new(OpenTemplate::open(&self.store, build, &self.host.vmm.id()).await?);
         templates.insert(build, t.clone());
         Ok(t)
     }
 
     async fn prepare(&self, build: BuildId) -> Result<Machine, CreateError> {
-        let template = self.template(build).await?;
-        let parts = Parts {
-            vmm: self.vmm.as_ref(),
-            network: &self.network,
-            overlays: &self.config.overlays,
-            uid_base: self.config.uid_base,
-        };
+        self.prepare_from(self.template(build).await?).await
+    }
+
+    /// Of a build that is not kept open for others.
+    async fn prepare_once(&self, build: BuildId) -> Result<Machine, CreateError> {
+        let here = self.host.vmm.id();
+        self.prepare_from(Arc::new(OpenTemplate::open(&self.store, build, &here).await?)).await
+    }
+
+    async fn prepare_from(&self, template: Arc<OpenTemplate>) -> Result<Machine, CreateError> {
+        let parts = Parts { host: &self.host, overlays: &self.config.overlays };
         Machine::prepare(&parts, template).await
     }
 
@@ -215,7 +220,7 @@ impl Inner {
 
     async fn destroy_all(&self, machines: Vec<Machine>) {
         for m in machines {
-            if let Err(e) = m.destroy(&self.network).await {
+            if let Err(e) = m.destroy(&self.host.network).await {
                 tracing::warn!("while a warm machine was released: {e}");
             }
         }
@@ -291,17 +296,24 @@ impl Sandbox {
         self.machine.disk_written()
     }
 
-    /// Resolves with the VMM's exit status when it ended by itself.
-    pub fn exited(&self) -> impl Future<Output = String> + Send + 'static {
-        let mut exit = self.machine.exit();
-        async move { exit.wait().await }
+    /// Resolves with the reason when it can run no longer.
+    pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
+        self.machine.failed()
+    }
+
+    pub(crate) fn machine(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
+    pub(crate) fn store(&self) -> &LocalStore {
+        &self.inner.store
     }
 
     /// Lets the guest run and tells its envd who it is: time, entropy, token, environment.
     async fn wake(&mut self) -> Result<(), CreateError> {
         let limit = self.inner.config.envd_limit;
         self.machine.slot().set_internet(self.spec.allow_internet).await?;
-        let mut exit = self.machine.exit();
+        let failed = self.machine.failed();
         self.machine.vm().resume().await?;
         // Two clones of one snapshot share the state of the kernel's random generator until
         // this is mixed in; nothing but envd runs before.
@@ -309,7 +321,12 @@ impl Sandbox {
         getrandom::fill(&mut seed)
             .map_err(|e| CreateError::io("read random bytes", std::io::Error::other(e.to_string())))?;
         let request = InitRequest {
-            env_vars: Some(self.environment()),
+            // A paused guest has its environment still, and keeps it unless it gets another.
+            env_vars: if self.spec.snapshot && self.spec.env_vars.is_empty() {
+                None
+            } else {
+                Some(self.environment())
+            },
             access_token: self.spec.access_token.clone(),
             timestamp: Some(Utc::now()),
             default_user: Some("user".to_owned()),
@@ -319,7 +336,7 @@ impl Sandbox {
         };
         let envd = EnvdClient::new(SocketAddr::from((self.host_ip(), ENVD_PORT)), None);
         tokio::select! {
-            status = exit.wait() => Err(CreateError::Ended(status)),
+            reason = failed => Err(CreateError::Ended(reason)),
             r = envd.init(&request, limit) => Ok(r?),
         }
     }
@@ -338,7 +355,7 @@ impl Sandbox {
     pub async fn kill(self) -> Result<(), KillError> {
         let Self { machine, inner, .. } = self;
         // A task of its own, so that it goes to its end when the caller goes away.
-        let task = tokio::spawn(async move { machine.destroy(&inner.network).await });
+        let task = tokio::spawn(async move { machine.destroy(&inner.host.network).await });
         task.await.unwrap_or_else(|e| {
             tracing::error!("the release of a sandbox did not finish: {e}");
             Ok(())

@@ -1,45 +1,50 @@
 //! A VM with its slot and its disk: what is acquired together and released together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nidus_block::Overlay;
+use nidus_block::{DirtyBlocks, Overlay};
 use nidus_network::{NetworkSlot, Pool};
 use nidus_storage::BuildId;
-use nidus_template::DiskServer;
-use nidus_vmm::{Memory, Vm, VmConfig, Vmm};
+use nidus_template::{DiskError, RootDisk, VmHost};
+use nidus_vmm::{Disk, Memory, MemoryDoor, Vm, VmConfig, VmmError};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
+use crate::served::{self, MemoryError, ServedMemory};
 use crate::{CreateError, KillError, OpenTemplate};
 
 /// A VM that stands at its template's snapshot, or runs on from there.
 pub struct Machine {
     vm: Box<dyn Vm>,
-    disk: DiskServer,
+    memory: Option<ServedMemory>,
+    disk: RootDisk,
     overlay: Arc<Overlay>,
     slot: NetworkSlot,
     template: Arc<OpenTemplate>,
+    memory_door: MemoryDoor,
 }
 
 /// What machines are made with.
 pub struct Parts<'a> {
-    /// The VMM.
-    pub vmm: &'a dyn Vmm,
-    /// Slots.
-    pub network: &'a Pool,
+    /// VMM, slots and disks.
+    pub host: &'a VmHost,
     /// Directory of overlay files.
     pub overlays: &'a Path,
-    /// The VMM of slot N runs as user id `uid_base + N`.
-    pub uid_base: u32,
 }
 
 impl Machine {
     /// Acquires slot, disk and VMM and loads the template's state; the guest stays stopped.
     pub async fn prepare(parts: &Parts<'_>, template: Arc<OpenTemplate>) -> Result<Self, CreateError> {
-        let slot = parts.network.acquire().await?;
+        let network = &parts.host.network;
+        let slot = network.acquire().await?;
         match Self::with_slot(parts, &template, &slot).await {
-            Ok((vm, disk, overlay)) => Ok(Self { vm, disk, overlay, slot, template }),
+            Ok((vm, memory, disk, overlay)) => {
+                let memory_door = parts.host.vmm.needs().memory;
+                Ok(Self { vm, memory, disk, overlay, slot, template, memory_door })
+            }
             Err(e) => {
-                parts.network.release(slot).await;
+                network.release(slot).await;
                 Err(e)
             }
         }
@@ -49,41 +54,77 @@ impl Machine {
         parts: &Parts<'_>,
         template: &OpenTemplate,
         slot: &NetworkSlot,
-    ) -> Result<(Box<dyn Vm>, DiskServer, Arc<Overlay>), CreateError> {
-        let build = template.metadata.build_id;
+    ) -> Result<(Box<dyn Vm>, Option<ServedMemory>, RootDisk, Arc<Overlay>), CreateError> {
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
         let name = format!("{}-{}", slot.index(), BuildId::random());
         let overlay = Overlay::create(template.rootfs.clone(), parts.overlays.join(&name)).await?;
         let overlay = Arc::new(overlay);
-        let (server, disk) = DiskServer::start(overlay.clone())?;
-        let vm = async {
-            let m = &template.metadata;
-            let config = VmConfig {
-                name: name.clone(),
-                vcpus: m.vcpu,
-                memory_mb: m.memory_mb,
-                memory: Memory::Private(template.open_memfile()?),
-                disk,
-                tap: slot.open_tap()?,
-                netns: slot.netns()?,
-                mac: nidus_network::GUEST_MAC.to_owned(),
-                uid: parts.uid_base + slot.index(),
-                limits: nidus_template::limits(m.vcpu, m.memory_mb),
-            };
-            let mut vm = parts.vmm.prepare(config).await?;
-            vm.load(template.open_snapfile()?).await?;
-            Ok(vm)
-        };
-        match vm.await {
-            Ok(vm) => {
-                tracing::debug!(%build, slot = slot.index(), pid = vm.pid(), "machine is ready to run");
-                Ok((vm, server, overlay))
-            }
+        let (root, disk) = parts.host.attach(overlay.clone()).await?;
+        match Self::with_disk(parts, template, slot, name, disk).await {
+            Ok((vm, memory)) => Ok((vm, memory, root, overlay)),
             Err(e) => {
-                server.shutdown().await;
+                if let Err(also) = root.release().await {
+                    tracing::warn!("while the disk of a failed machine was released: {also}");
+                }
                 Err(e)
             }
         }
+    }
+
+    async fn with_disk(
+        parts: &Parts<'_>,
+        template: &OpenTemplate,
+        slot: &NetworkSlot,
+        name: String,
+        disk: Disk,
+    ) -> Result<(Box<dyn Vm>, Option<ServedMemory>), CreateError> {
+        let (host, m) = (parts.host, &template.metadata);
+        let (memory, serving) = match host.vmm.needs().memory {
+            MemoryDoor::Memfile => (Memory::Private(template.open_memfile()?), None),
+            MemoryDoor::Own => {
+                let source = template.page_source().await?;
+                let (sender, connection) = oneshot::channel();
+                (Memory::Served(sender), Some(served::serve(connection, source)))
+            }
+        };
+        let config = VmConfig {
+            name,
+            vcpus: m.vcpu,
+            memory_mb: m.memory_mb,
+            memory,
+            disk,
+            tap: host.tap(slot)?,
+            netns: slot.netns()?,
+            mac: nidus_network::GUEST_MAC.to_owned(),
+            uid: host.uid(slot),
+            limits: nidus_template::limits(m.vcpu, m.memory_mb),
+            huge_pages: false,
+            track_dirty: false,
+            advance_clock: false,
+        };
+        let mut vm = host.vmm.prepare(config).await?;
+        if serving.is_none() {
+            template.restore_memory(vm.pid()).await?;
+        }
+        if let Err(e) = vm.load(template.open_snapfile()?).await {
+            return Err(not_loaded(vm, serving, e).await);
+        }
+        let memory = match serving {
+            None => None,
+            Some(serving) => match served::finish(serving).await {
+                Ok(memory) => Some(memory),
+                Err(e) => {
+                    // The VM first: nobody may answer its faults with zeros.
+                    vm.kill().await?;
+                    return Err(e.into());
+                }
+            },
+        };
+        if let Some(memory) = &memory {
+            memory.prefetch(template.recording());
+        }
+        tracing::debug!(build = %m.build_id, slot = slot.index(), pid = vm.pid(), "machine is ready to run");
+        Ok((vm, memory))
     }
 
     /// The VM.
@@ -91,9 +132,29 @@ impl Machine {
         self.vm.as_mut()
     }
 
-    /// Its exit.
+    /// Its process's exit.
     pub fn exit(&self) -> nidus_vmm::process::ExitWatch {
         self.vm.exit()
+    }
+
+    /// Resolves when it can run no longer, with the reason: its process ended, its memory cannot be
+    /// served, its disk is lost.
+    pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
+        let (mut exit, lost) = (self.vm.exit(), self.disk.lost());
+        let memory = self.memory.as_ref().map(ServedMemory::failed);
+        async move {
+            let memory = async {
+                match memory {
+                    Some(failed) => failed.await.to_string(),
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                status = exit.wait() => format!("the VM ended by itself ({status})"),
+                reason = memory => reason,
+                () = lost.cancelled() => "the server of its root disk was lost".to_owned(),
+            }
+        }
     }
 
     /// Its slot.
@@ -111,13 +172,64 @@ impl Machine {
         self.overlay.dirty().count() * nidus_block::BLOCK_SIZE
     }
 
+    /// Remembers what its guest needed first, for the machines that are made after it.
+    pub fn record(&self) {
+        if let Some(memory) = &self.memory {
+            self.template.record(|| memory.recording());
+        }
+    }
+
+    /// Makes everything that the guest wrote reach the overlay. To be called while it is paused.
+    pub async fn flush_disk(&self) -> Result<(), DiskError> {
+        self.disk.flush().await
+    }
+
+    /// The blocks that the guest wrote to its disk so far, and the file that has them at their
+    /// offsets. Both stand still only while the VM is paused and its disk is flushed.
+    pub fn disk_changes(&self) -> (DirtyBlocks, PathBuf) {
+        (self.overlay.dirty(), self.overlay.cache_path().to_owned())
+    }
+
+    /// Where the VMM has its memory.
+    pub fn memory_door(&self) -> MemoryDoor {
+        self.memory_door
+    }
+
     /// Releases everything in reverse order. The first error is returned, after all is done.
     pub async fn destroy(self, network: &Pool) -> Result<(), KillError> {
-        let Self { vm, disk, overlay, slot, .. } = self;
+        let Self { vm, memory, disk, overlay, slot, .. } = self;
         let killed = vm.kill().await;
-        disk.shutdown().await;
+        if let Some(memory) = memory {
+            memory.stop().await;
+        }
+        let released = disk.release().await;
         drop(overlay);
         network.release(slot).await;
-        Ok(killed?)
+        killed?;
+        Ok(released?)
+    }
+}
+
+/// Ends a VM that could not load its state, then the server of its memory, which waits for its VMM
+/// until then; of the two errors, the one that comes first in the chain of causes.
+async fn not_loaded(
+    vm: Box<dyn Vm>,
+    serving: Option<JoinHandle<Result<ServedMemory, MemoryError>>>,
+    e: VmmError,
+) -> CreateError {
+    if let Err(also) = vm.kill().await {
+        tracing::warn!("while a VM that did not load was killed: {also}");
+    }
+    let Some(serving) = serving else { return e.into() };
+    match served::finish(serving).await {
+        Ok(memory) => {
+            memory.stop().await;
+            e.into()
+        }
+        Err(MemoryError::NotAsked) => e.into(),
+        Err(cause) => {
+            tracing::debug!("the VMM's view of it: {e}");
+            cause.into()
+        }
     }
 }

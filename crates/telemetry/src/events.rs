@@ -16,6 +16,12 @@ pub enum EventKind {
     /// A sandbox answers for the first time.
     #[serde(rename = "sandbox.lifecycle.created")]
     Created,
+    /// It was resumed from a pause, and answers again.
+    #[serde(rename = "sandbox.lifecycle.resumed")]
+    Resumed,
+    /// Its state was stored and everything else of it released.
+    #[serde(rename = "sandbox.lifecycle.paused")]
+    Paused,
     /// Its end time or its network policy was changed.
     #[serde(rename = "sandbox.lifecycle.updated")]
     Updated,
@@ -32,6 +38,8 @@ impl EventKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Created => "sandbox.lifecycle.created",
+            Self::Resumed => "sandbox.lifecycle.resumed",
+            Self::Paused => "sandbox.lifecycle.paused",
             Self::Updated => "sandbox.lifecycle.updated",
             Self::Killed => "sandbox.lifecycle.killed",
             Self::Failed => "sandbox.lifecycle.failed",
@@ -187,7 +195,14 @@ mod tests {
 
     #[test]
     fn json_and_name_agree() {
-        for kind in [EventKind::Created, EventKind::Updated, EventKind::Killed, EventKind::Failed] {
+        for kind in [
+            EventKind::Created,
+            EventKind::Resumed,
+            EventKind::Paused,
+            EventKind::Updated,
+            EventKind::Killed,
+            EventKind::Failed,
+        ] {
             let json = serde_json::to_value(event("a", kind)).unwrap();
             assert_eq!(json["type"], kind.name());
             assert_eq!(json["sandboxId"], "a");

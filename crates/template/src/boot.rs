@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use nidus_block::{BlockDevice, FileDevice, Overlay, ReadDevice};
 use nidus_envd_protocol::{Client, EnvdClient, StartCommand};
-use nidus_network::{NetworkSlot, Pool};
-use nidus_vmm::{Boot, Limits, Memory, Vm, VmConfig, Vmm};
+use nidus_network::NetworkSlot;
+use nidus_vmm::{Boot, Limits, Memory, MemoryDoor, SaveMemory, SnapshotFiles, Vm, VmConfig};
+use rustix::fs::FallocateFlags;
 use tokio_util::sync::CancellationToken;
 
 use crate::build::{Level, Log, envd_addr};
-use crate::{BuildError, DiskServer};
+use crate::{BuildError, VmHost};
 
 /// What to boot and where to save it.
 pub struct ColdBoot {
@@ -32,8 +33,6 @@ pub struct ColdBoot {
     pub snapfile: PathBuf,
     /// Scratch file for the guest's writes.
     pub overlay: PathBuf,
-    /// See [`crate::BuildConfig`].
-    pub uid_base: u32,
     /// Longest time until envd answers.
     pub limit: Duration,
 }
@@ -48,20 +47,19 @@ const WARM_UP: &[&str] = &[
 
 /// Boots, waits, warms up, saves. Every part that was acquired is released in reverse order.
 pub async fn cold_boot(
-    vmm: &dyn Vmm,
-    network: &Pool,
+    host: &VmHost,
     cold: &ColdBoot,
     log: &Log,
     cancel: &CancellationToken,
 ) -> Result<(), BuildError> {
-    let slot = network.acquire().await?;
-    let result = with_slot(vmm, &slot, cold, log, cancel).await;
-    network.release(slot).await;
+    let slot = host.network.acquire().await?;
+    let result = with_slot(host, &slot, cold, log, cancel).await;
+    host.network.release(slot).await;
     result
 }
 
 async fn with_slot(
-    vmm: &dyn Vmm,
+    host: &VmHost,
     slot: &NetworkSlot,
     cold: &ColdBoot,
     log: &Log,
@@ -69,41 +67,57 @@ async fn with_slot(
 ) -> Result<(), BuildError> {
     let base: Arc<dyn ReadDevice> = Arc::new(FileDevice::open(&cold.rootfs).await?);
     let overlay = Arc::new(Overlay::create(base, &cold.overlay).await?);
-    let (server, disk) = DiskServer::start(overlay.clone())?;
+    let (root, disk) = host.attach(overlay.clone()).await?;
     let result: Result<(), BuildError> = async {
         let memfile = new_file(&cold.memfile)?;
-        memfile
-            .set_len(u64::from(cold.memory_mb) << 20)
-            .map_err(|e| BuildError::io("size", &cold.memfile, e))?;
+        let uid = host.uid(slot);
+        let (memory, save_memory) = match host.vmm.needs().memory {
+            MemoryDoor::Memfile => {
+                memfile
+                    .set_len(u64::from(cold.memory_mb) << 20)
+                    .map_err(|e| BuildError::io("size", &cold.memfile, e))?;
+                // The VMM opens the memory by the file that it inherits, as its own user.
+                std::os::unix::fs::chown(&cold.memfile, Some(uid), Some(uid))
+                    .map_err(|e| BuildError::io("change the owner of", &cold.memfile, e))?;
+                (Memory::Shared(memfile), SaveMemory::Stay)
+            }
+            MemoryDoor::Own => (Memory::Own, SaveMemory::Full(memfile)),
+        };
         let config = VmConfig {
             name: cold.name.clone(),
             vcpus: cold.vcpus,
             memory_mb: cold.memory_mb,
-            memory: Memory::Shared(memfile),
+            memory,
             disk,
-            tap: slot.open_tap()?,
+            tap: host.tap(slot)?,
             netns: slot.netns()?,
             mac: nidus_network::GUEST_MAC.to_owned(),
-            uid: cold.uid_base + slot.index(),
+            uid,
             limits: limits(cold.vcpus, cold.memory_mb),
+            huge_pages: false,
+            track_dirty: false,
+            advance_clock: false,
         };
-        log.info("boot", format!("cold boot with {}", vmm.id()));
-        // The VMM opens the memory by the file that it inherits, as its own user.
-        std::os::unix::fs::chown(&cold.memfile, Some(config.uid), Some(config.uid))
-            .map_err(|e| BuildError::io("change the owner of", &cold.memfile, e))?;
-        let mut vm = vmm.boot(config, &cold.boot).await?;
-        let saved = save(vm.as_mut(), slot, cold, log, cancel).await;
+        log.info("boot", format!("cold boot with {}", host.vmm.id()));
+        let mut vm = host.vmm.boot(config, &cold.boot).await?;
+        let saved = save(vm.as_mut(), slot, cold, save_memory, log, cancel).await;
         let killed = vm.kill().await;
         saved?;
         killed?;
-        overlay.flush().await?;
         Ok(())
     }
     .await;
-    server.shutdown().await;
+    let released = root.release().await;
     result?;
+    released?;
+    overlay.flush().await?;
     let (disk, target) = (overlay, cold.rootfs.clone());
     let copied = crate::build::blocking(move || merge(&disk, &target)).await;
+    let memfile = cold.memfile.clone();
+    crate::build::blocking(move || {
+        punch_zeroes(&memfile).map_err(|e| BuildError::io("take the zeros out of", &memfile, e))
+    })
+    .await?;
     fs::set_permissions(&cold.memfile, std::os::unix::fs::PermissionsExt::from_mode(0o444))
         .and_then(|()| std::os::unix::fs::chown(&cold.memfile, Some(0), Some(0)))
         .map_err(|e| BuildError::io("change the owner of", &cold.memfile, e))?;
@@ -124,6 +138,7 @@ async fn save(
     vm: &mut dyn Vm,
     slot: &NetworkSlot,
     cold: &ColdBoot,
+    memory: SaveMemory,
     log: &Log,
     cancel: &CancellationToken,
 ) -> Result<(), BuildError> {
@@ -142,7 +157,8 @@ async fn save(
     warm_up(slot, vm, log, cancel).await?;
     log.info("snapshot", "saving memory and device state");
     vm.pause().await?;
-    vm.snapshot(new_file(&cold.snapfile)?).await?;
+    let state = new_file(&cold.snapfile)?;
+    vm.snapshot(SnapshotFiles { state, memory }).await?;
     let size = fs::metadata(&cold.snapfile).map_err(|e| BuildError::io("look at", &cold.snapfile, e))?.len();
     log.info("snapshot", format!("device state: {} KiB", size / 1024));
     Ok(())
@@ -196,6 +212,39 @@ fn merge(overlay: &Overlay, rootfs: &Path) -> Result<(), BuildError> {
     to.sync_all().map_err(wrap)
 }
 
+/// Makes holes of pages that are all zero: they take no room on the disk nor in the page cache, and
+/// are known to be zero without being read.
+fn punch_zeroes(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    const CHUNK: usize = 1 << 20;
+    const PAGE: usize = nidus_vmm::PAGE_SIZE as usize;
+    let file = File::options().read(true).write(true).open(path)?;
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let mut buffer = vec![0u8; CHUNK];
+    for range in nidus_vmm::data_ranges(&file)? {
+        let mut at = range.start;
+        while at < range.end {
+            let len = usize::try_from(range.end - at).unwrap_or(CHUNK).min(CHUNK);
+            file.read_exact_at(&mut buffer[..len], at)?;
+            let mut zeros: Option<(u64, u64)> = None;
+            for (i, page) in buffer[..len].chunks(PAGE).enumerate() {
+                let start = at + (i * PAGE) as u64;
+                if page.iter().all(|b| *b == 0) {
+                    let begin = zeros.map_or(start, |(begin, _)| begin);
+                    zeros = Some((begin, start + page.len() as u64));
+                } else if let Some((begin, end)) = zeros.take() {
+                    rustix::fs::fallocate(&file, flags, begin, end - begin)?;
+                }
+            }
+            if let Some((begin, end)) = zeros {
+                rustix::fs::fallocate(&file, flags, begin, end - begin)?;
+            }
+            at += len as u64;
+        }
+    }
+    file.sync_all()
+}
+
 fn new_file(path: &Path) -> Result<File, BuildError> {
     File::options()
         .read(true)
@@ -208,4 +257,26 @@ fn new_file(path: &Path) -> Result<File, BuildError> {
 fn tail(console: &str) -> String {
     let lines: Vec<&str> = console.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    #[test]
+    fn zero_pages_become_holes_and_nothing_else_changes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut content = vec![0u8; 3 << 20];
+        content[5000] = 1;
+        content[(1 << 20) - 1] = 2;
+        content[(2 << 20) + 8192] = 3;
+        file.as_file().write_all_at(&content, 0).unwrap();
+        file.as_file().sync_all().unwrap();
+        punch_zeroes(file.path()).unwrap();
+        assert_eq!(fs::read(file.path()).unwrap(), content);
+        let used = fs::metadata(file.path()).unwrap().blocks() * 512;
+        assert!(used <= 64 << 10, "{used} bytes are in use for three pages");
+    }
 }

@@ -6,15 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use nidus_network::Pool;
 use nidus_storage::{Artifact, BuildId, LocalStore, StagedBuild};
-use nidus_vmm::{Vmm, VmmError};
+use nidus_vmm::VmmError;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::TemplateMetadata;
 use crate::boot::{ColdBoot, cold_boot};
 use crate::rootfs;
+use crate::{DiskError, TemplateMetadata, VmHost};
 
 /// How serious a log line is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,8 +99,6 @@ pub struct BuildConfig {
     pub envd: PathBuf,
     /// The static guest-init program.
     pub guest_init: PathBuf,
-    /// The VMM of slot N runs as user id `uid_base + N`.
-    pub uid_base: u32,
 }
 
 /// Why a build failed.
@@ -166,6 +163,9 @@ pub enum BuildError {
     /// The root disk.
     #[error(transparent)]
     Block(#[from] nidus_block::BlockError),
+    /// The root disk as the VMM has it.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Network of the build's VM.
     #[error(transparent)]
     Network(#[from] nidus_network::NetworkError),
@@ -182,8 +182,7 @@ impl BuildError {
 pub struct Builder {
     config: BuildConfig,
     store: Arc<LocalStore>,
-    vmm: Arc<dyn Vmm>,
-    network: Arc<Pool>,
+    host: Arc<VmHost>,
 }
 
 /// Sends log lines of one step.
@@ -206,8 +205,8 @@ const READY_LIMIT: Duration = Duration::from_secs(180);
 
 impl Builder {
     /// A builder over this node's parts.
-    pub fn new(config: BuildConfig, store: Arc<LocalStore>, vmm: Arc<dyn Vmm>, network: Arc<Pool>) -> Self {
-        Self { config, store, vmm, network }
+    pub fn new(config: BuildConfig, store: Arc<LocalStore>, host: Arc<VmHost>) -> Self {
+        Self { config, store, host }
     }
 
     /// Removes what builds of a killed daemon left in the work directory.
@@ -257,25 +256,22 @@ impl Builder {
         let initrd = work.join("initrd");
         kernel.write_initramfs(&self.config.guest_init, &initrd)?;
         self.make_rootfs(work, request, &staged, log, cancel).await?;
+        let needs = self.host.vmm.needs();
+        let source = kernel.clone();
+        let image = blocking(move || Ok(source.image_for(needs.kernel)?)).await?;
+        let cmdline = format!("console=ttyS0 quiet {} random.trust_cpu=on", needs.kernel_arguments);
         let boot = ColdBoot {
             name: format!("build-{}", request.build_id),
-            boot: nidus_vmm::Boot {
-                kernel: kernel.image(),
-                initrd,
-                cmdline:
-                    "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on"
-                        .into(),
-            },
+            boot: nidus_vmm::Boot { kernel: image, initrd, cmdline },
             vcpus: request.vcpu,
             memory_mb: request.memory_mb,
             rootfs: staged.path(Artifact::Rootfs),
             memfile: staged.path(Artifact::Memfile),
             snapfile: staged.path(Artifact::Snapfile),
             overlay: work.join("overlay"),
-            uid_base: self.config.uid_base,
             limit: READY_LIMIT,
         };
-        cold_boot(self.vmm.as_ref(), &self.network, &boot, log, cancel).await?;
+        cold_boot(&self.host, &boot, log, cancel).await?;
         let metadata = self.finish(request, kernel.version, &staged).await?;
         log.info("publish", "publishing the artifacts");
         staged.commit().await?;
@@ -327,11 +323,13 @@ impl Builder {
             template_id: request.template_id.clone(),
             build_id: build,
             kernel_version,
-            vmm: self.vmm.id(),
+            vmm: self.host.vmm.id(),
             vcpu: request.vcpu,
             memory_mb: request.memory_mb,
             disk_mb: request.disk_mb,
             envd_version: nidus_envd_protocol::ENVD_VERSION.to_owned(),
+            parent: None,
+            base: None,
             created_at: Utc::now(),
         };
         let text = serde_json::to_vec_pretty(&metadata)

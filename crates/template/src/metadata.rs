@@ -26,6 +26,12 @@ pub struct TemplateMetadata {
     pub disk_mb: u32,
     /// Version of the envd inside.
     pub envd_version: String,
+    /// The build that was resumed and then paused as this one; none for a template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<BuildId>,
+    /// The template's build that the line of pauses began with; none for a template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BuildId>,
     /// When the build was finished.
     pub created_at: DateTime<Utc>,
 }
@@ -107,6 +113,8 @@ mod tests {
             memory_mb: 512,
             disk_mb: 1024,
             envd_version: "0.1.0".into(),
+            parent: None,
+            base: None,
             created_at: Utc::now(),
         }
     }

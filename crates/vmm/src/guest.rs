@@ -4,7 +4,10 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::{Result, VmmError};
+use crate::{KernelFormat, Result, VmmError, kernel_image};
+
+/// Names of a kernel's image in its directory: bzImage, ELF.
+const IMAGES: [&str; 2] = ["vmlinuz", "vmlinux.bin"];
 
 /// Modules that guest-init loads, in this order; those built into the kernel have no file.
 pub const MODULES: &[&str] = &[
@@ -18,7 +21,8 @@ pub const MODULES: &[&str] = &[
     "virtio-rng",
 ];
 
-/// An unpacked kernel: `{dir}/vmlinuz` and `{dir}/modules/*.ko`, named by its version.
+/// An unpacked kernel: `{dir}/vmlinuz` or `{dir}/vmlinux.bin` (ELF) and `{dir}/modules/*.ko`, named
+/// by its version.
 #[derive(Debug, Clone)]
 pub struct Kernel {
     /// Version as the kernel calls itself, such as `6.1.0-56-cloud-amd64`.
@@ -28,9 +32,34 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The bzImage.
+    /// The bzImage; the ELF kernel where there is no other (QEMU boots that too).
     pub fn image(&self) -> PathBuf {
-        self.dir.join("vmlinuz")
+        let here = |name: &&&str| self.dir.join(name).is_file();
+        self.dir.join(IMAGES.iter().find(here).unwrap_or(&IMAGES[0]))
+    }
+
+    /// The ELF kernel, which is taken out of the bzImage at the first call and kept beside it.
+    /// Blocks for the time of a decompression then.
+    ///
+    /// # Errors
+    /// [`VmmError::KernelImage`] when there is none in the bzImage; when it cannot be written.
+    pub fn elf(&self) -> Result<PathBuf> {
+        let elf = self.dir.join(IMAGES[1]);
+        if !elf.is_file() {
+            kernel_image::extract(&self.image(), &elf)?;
+        }
+        Ok(elf)
+    }
+
+    /// The image in the form that a driver wants.
+    ///
+    /// # Errors
+    /// As [`Kernel::elf`].
+    pub fn image_for(&self, format: KernelFormat) -> Result<PathBuf> {
+        match format {
+            KernelFormat::BzImage => Ok(self.image()),
+            KernelFormat::Elf => self.elf(),
+        }
     }
 
     /// Kernels below `dir`, newest version last.
@@ -39,7 +68,7 @@ impl Kernel {
             .into_iter()
             .flatten()
             .flatten()
-            .filter(|e| e.path().join("vmlinuz").is_file())
+            .filter(|e| IMAGES.iter().any(|name| e.path().join(name).is_file()))
             .filter_map(|e| Some(Self { version: e.file_name().into_string().ok()?, dir: e.path() }))
             .collect();
         kernels.sort_by_key(|k| version_key(&k.version));
@@ -113,7 +142,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Numbers in a version compare as numbers.
-fn version_key(version: &str) -> Vec<u64> {
+pub(crate) fn version_key(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|p| p.parse().ok()).collect()
 }
 

@@ -1,21 +1,26 @@
 //! Starting a confined VMM process and knowing when it ends.
 //!
-//! Confinement: own user and group id, no supplementary groups but those asked for, its own
-//! network namespace, cgroup limits, no core dumps, no new privileges, killed with the daemon
-//! (PR_SET_PDEATHSIG, prctl(2)). The VMM's own seccomp filter comes on top.
+//! Confinement: own user and group id, no supplementary groups but those asked for, no
+//! capabilities and none to be had (empty bounding set, no new privileges), its own network namespace,
+//! a root file system of its own where the driver makes one, cgroup limits, a bounded number of
+//! open files, nothing inherited but what is named, no core dumps, killed with the daemon (PR_SET_PDEATHSIG,
+//! prctl(2)). The VMM's own seccomp filter comes on top.
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, OnceLock};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::watch;
 
+use crate::console::Tail;
+use crate::jail::Entry;
 use crate::{Result, VmmError};
 
 /// What to start.
@@ -35,6 +40,14 @@ pub struct Spawn {
     pub groups: Vec<u32>,
     /// cgroup.procs files to join.
     pub cgroup_procs: Vec<PathBuf>,
+    /// Root file system to enter; `program` is a path in it then.
+    pub jail: Option<Entry>,
+    /// Where standard output goes; nowhere if there is none.
+    pub stdout: Option<OwnedFd>,
+    /// The daemon's end of a pipe, non-blocking, that the process logs to beside its error output.
+    pub log: Option<File>,
+    /// Most files that it may have open.
+    pub max_files: u64,
 }
 
 /// Tells when a process has ended; cheap to clone.
@@ -61,7 +74,7 @@ impl ExitWatch {
 pub struct Process {
     pid: u32,
     exit: ExitWatch,
-    stderr: Arc<Mutex<Vec<u8>>>,
+    log: Tail,
 }
 
 const LOG_LIMIT: usize = 16 * 1024;
@@ -89,7 +102,8 @@ fn spawner() -> &'static mpsc::Sender<Job> {
 
 impl Process {
     /// Starts the process. Returns when exec has succeeded.
-    pub async fn spawn(name: &str, spawn: Spawn) -> Result<Self> {
+    pub async fn spawn(name: &str, mut spawn: Spawn) -> Result<Self> {
+        let log = spawn.log.take();
         let program = spawn.program.display().to_string();
         let (tx, rx) = tokio::sync::oneshot::channel();
         let job: Job = Box::new(move || {
@@ -98,32 +112,23 @@ impl Process {
         let gone = || VmmError::io("reach the spawner thread", io::Error::from(io::ErrorKind::BrokenPipe));
         spawner().send(job).map_err(|_| gone())?;
         let child = rx.await.map_err(|_| gone())?.map_err(|e| VmmError::io(format!("start {program}"), e))?;
-        Self::watch(name, child)
+        Self::watch(name, child, log)
     }
 
-    fn watch(name: &str, mut child: Child) -> Result<Self> {
+    fn watch(name: &str, mut child: Child, log_pipe: Option<File>) -> Result<Self> {
         let pid = child.id();
-        let stderr = Arc::new(Mutex::new(Vec::new()));
+        let log = Tail::new(LOG_LIMIT);
         let (tx, rx) = watch::channel(None);
-        let log = stderr.clone();
-        let pipe = child.stderr.take();
-        // One small thread a VM: it drains the error output, then reaps. It ends with the
-        // process, whatever becomes of the runtime.
+        let tail = log.clone();
+        let errors = child.stderr.take();
+        // One small thread a VM: it drains the error output and the log, then reaps. It ends
+        // with the process, whatever becomes of the runtime.
         std::thread::Builder::new()
             .name(format!("vm-{name}"))
             .stack_size(64 * 1024)
             .spawn(move || {
-                if let Some(mut pipe) = pipe {
-                    let mut buf = [0u8; 2048];
-                    while let Ok(n) = pipe.read(&mut buf) {
-                        if n == 0 {
-                            break;
-                        }
-                        if let Ok(mut log) = log.lock() {
-                            let room = LOG_LIMIT.saturating_sub(log.len());
-                            log.extend_from_slice(&buf[..n.min(room)]);
-                        }
-                    }
+                if let Some(errors) = errors {
+                    drain(errors, log_pipe, &tail);
                 }
                 let status = match child.wait() {
                     Ok(s) => s.to_string(),
@@ -132,7 +137,7 @@ impl Process {
                 let _ = tx.send(Some(status));
             })
             .map_err(|e| VmmError::io("start a VM's watcher thread", e))?;
-        Ok(Self { pid, exit: ExitWatch(rx), stderr })
+        Ok(Self { pid, exit: ExitWatch(rx), log })
     }
 
     /// Process id.
@@ -145,9 +150,10 @@ impl Process {
         self.exit.clone()
     }
 
-    /// What it wrote to its error output, at most 16 KiB.
+    /// The end of what it wrote to its error output and its log, at most 16 KiB. Complete once the exit is
+    /// known.
     pub fn log(&self) -> String {
-        self.stderr.lock().map(|l| String::from_utf8_lossy(&l).trim().to_owned()).unwrap_or_default()
+        self.log.text().trim().to_owned()
     }
 
     fn signal_kill(&self) {
@@ -171,8 +177,54 @@ impl Drop for Process {
     }
 }
 
+/// A process that has written this much is not listened to any more, for the reading costs the
+/// daemon's time.
+const OUTPUT_LIMIT: usize = 64 << 20;
+
+/// Reads both pipes until the first is closed by the process's end.
+fn drain(mut errors: impl Read + AsFd, mut log: Option<File>, tail: &Tail) {
+    let mut buf = [0u8; 2048];
+    let mut left = OUTPUT_LIMIT;
+    loop {
+        // The end is told in any case (POLLHUP).
+        let events = if left > 0 { PollFlags::POLLIN } else { PollFlags::empty() };
+        let mut wanted = vec![PollFd::new(errors.as_fd(), events)];
+        wanted.extend(log.as_ref().map(|l| PollFd::new(l.as_fd(), events)));
+        match poll(&mut wanted, PollTimeout::NONE) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(_) => return,
+        }
+        let from_errors = wanted[0].any().unwrap_or_default();
+        let mut keep = |bytes: &[u8]| {
+            tail.push(bytes);
+            left = left.saturating_sub(bytes.len());
+            left > 0
+        };
+        if let Some(log) = &mut log {
+            while let Ok(n @ 1..) = log.read(&mut buf) {
+                if !keep(&buf[..n]) {
+                    break;
+                }
+            }
+        }
+        if from_errors {
+            match errors.read(&mut buf) {
+                Ok(n @ 1..) => {
+                    keep(&buf[..n]);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                _ => return,
+            }
+        }
+    }
+}
+
+/// Highest number of a capability that a kernel could have.
+const CAPABILITIES: libc::c_ulong = 63;
+
 fn fork(spawn: Spawn) -> io::Result<Child> {
-    let Spawn { program, args, keep, netns, uid, groups, cgroup_procs } = spawn;
+    let Spawn { program, args, keep, netns, uid, groups, cgroup_procs, jail, stdout, log, max_files } = spawn;
+    drop(log);
     let keep_raw: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     let netns_raw = netns.as_raw_fd();
     // Opened here: the child must not allocate between fork and exec.
@@ -182,7 +234,8 @@ fn fork(spawn: Spawn) -> io::Result<Child> {
     let daemon = std::process::id() as i32;
     let mut command = Command::new(program);
     command.args(args).env_clear().env("PATH", "/usr/bin:/bin").current_dir("/");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stderr(Stdio::piped());
+    command.stdout(stdout.map_or_else(Stdio::null, Stdio::from));
     let check = |r: libc::c_int| if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     // SAFETY: only async-signal-safe calls are made between fork and exec: raw system calls on
     // numbers and buffers that were prepared before the fork.
@@ -196,6 +249,16 @@ fn fork(spawn: Spawn) -> io::Result<Child> {
             check(libc::setns(netns_raw, libc::CLONE_NEWNET))?;
             let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
             check(libc::setrlimit(libc::RLIMIT_CORE, &no_core))?;
+            let files = libc::rlimit { rlim_cur: max_files, rlim_max: max_files };
+            check(libc::setrlimit(libc::RLIMIT_NOFILE, &files))?;
+            if let Some(jail) = &jail {
+                jail.enter()?;
+            }
+            for capability in 0..=CAPABILITIES {
+                if libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) < 0 {
+                    break; // The kernel has no more (or this container may not).
+                }
+            }
             check(libc::setgroups(groups.len(), groups.as_ptr()))?;
             check(libc::setresgid(uid, uid, uid))?;
             check(libc::setresuid(uid, uid, uid))?;
@@ -205,6 +268,13 @@ fn fork(spawn: Spawn) -> io::Result<Child> {
             if libc::getppid() != daemon {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
+            // Whatever some library left open ends with exec, too. Kernels before 5.11 cannot; what Rust has opened ends with exec in any case.
+            libc::syscall(
+                libc::SYS_close_range,
+                3 as libc::c_uint,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
             for fd in &keep_raw {
                 check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
             }

@@ -1,6 +1,7 @@
-//! What the API keeps: teams, keys, templates and their builds, in one SQLite file.
+//! What the API keeps: teams, keys, templates and their builds, paused sandboxes, in one SQLite file.
 
 mod keys;
+mod snapshots;
 mod templates;
 
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,10 +14,13 @@ use sqlx::sqlite::{
 };
 
 pub use keys::{ApiKey, NewKey};
+pub use snapshots::SnapshotRow;
 pub use templates::{BuildRow, BuildStatus, TemplateRow};
 
 /// Version of the schema that this program writes.
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = STEPS.len() as i64;
+/// What makes each version out of the one before it.
+const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema2.sql")];
 /// Another process (`nidus key create`) may be writing.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
 
@@ -105,20 +109,24 @@ impl Store {
             return Err(StoreError::TooNew { path: path.to_owned(), found });
         }
         let store = Self { pool };
-        if found == 0 {
-            store.make().await?;
+        if found < SCHEMA {
+            store.migrate().await?;
         }
         Ok(store)
     }
 
-    async fn make(&self) -> Result<(), StoreError> {
+    async fn migrate(&self) -> Result<(), StoreError> {
         let wrap = sql("make its tables");
         // One writer at a time: a second process waits here and then finds the tables.
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
         let found: i64 =
             sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await.map_err(&wrap)?;
+        for step in STEPS.iter().skip(usize::try_from(found).unwrap_or_default()) {
+            sqlx::raw_sql(*step).execute(&mut *tx).await.map_err(&wrap)?;
+        }
+        let version = sqlx::AssertSqlSafe(format!("PRAGMA user_version = {}", SCHEMA.max(found)));
+        sqlx::query(version).execute(&mut *tx).await.map_err(&wrap)?;
         if found == 0 {
-            sqlx::raw_sql(include_str!("schema.sql")).execute(&mut *tx).await.map_err(&wrap)?;
             sqlx::query("INSERT INTO teams (id, name, created_at) VALUES (?, 'default', ?)")
                 .bind(uuid::Uuid::new_v4().to_string())
                 .bind(now())
@@ -146,6 +154,25 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_older_file_gets_what_it_lacks_and_keeps_what_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
+        let old = SqlitePool::connect_with(options).await.unwrap();
+        sqlx::raw_sql(STEPS[0]).execute(&old).await.unwrap();
+        sqlx::raw_sql("INSERT INTO teams VALUES ('t', 'mine', 1); PRAGMA user_version = 1;")
+            .execute(&old)
+            .await
+            .unwrap();
+        old.close().await;
+        let store = Store::open(&path).await.unwrap();
+        assert_eq!(store.default_team().await.unwrap(), "t");
+        assert!(store.snapshots("t").await.unwrap().is_empty());
+        let version: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&store.pool).await.unwrap();
+        assert_eq!(version, SCHEMA);
+    }
 
     #[tokio::test]
     async fn a_new_file_is_its_owners_and_opens_twice() {

@@ -42,4 +42,3 @@ CREATE TABLE builds (
     finished_at INTEGER
 ) STRICT;
 CREATE INDEX builds_of_template ON builds (template_id, created_at);
-PRAGMA user_version = 1;

@@ -97,6 +97,11 @@ impl Header {
         Self { block_size, size, generation: 0, build, base: build, mappings: vec![whole] }.checked()
     }
 
+    /// Whether its build stores all of the device itself, block by block.
+    pub fn is_identity(&self) -> bool {
+        matches!(self.mappings[..], [Mapping { build, build_offset: 0, .. }] if build == self.build)
+    }
+
     /// The device's block size, in bytes.
     pub fn block_size(&self) -> u64 {
         self.block_size

@@ -127,7 +127,7 @@ async fn form(
                 return Err(HttpError::bad_request("the form has several files, but the query has one path"));
             }
             Some(path) => path.to_owned(),
-            None => field.file_name().unwrap_or_default().to_owned(),
+            None => file_name(field.file_name().unwrap_or_default()),
         };
         if path.is_empty() {
             return Err(HttpError::bad_request("a file of the form has no name, and the query no path"));
@@ -139,6 +139,12 @@ async fn form(
         written.push(write(path, user, metadata.clone(), field.map_err(io::Error::other), false).await?);
     }
     Ok(written)
+}
+
+/// A part's file name as its sender meant it: forms escape a quote and line ends in it, and
+/// nothing else (WHATWG HTML, "multipart form data": `"`, CR and LF become %22, %0D and %0A).
+fn file_name(name: &str) -> String {
+    name.replace("%22", "\"").replace("%0D", "\r").replace("%0A", "\n")
 }
 
 /// Unpacks gzip piece by piece.

@@ -24,13 +24,13 @@ use tempfile::TempDir;
 use super::*;
 use crate::PageSize;
 
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
 
 /// A child that did its writes and now waits; killed and reaped when dropped.
-struct Child(Pid);
+pub(crate) struct Child(Pid);
 
 impl Child {
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.as_raw() as u32
     }
 }
@@ -42,7 +42,7 @@ impl Drop for Child {
     }
 }
 
-struct Mapped {
+pub(crate) struct Mapped {
     at: NonNull<libc::c_void>,
     len: usize,
 }
@@ -54,7 +54,7 @@ impl Drop for Mapped {
     }
 }
 
-fn map(path: &Path, offset: usize, len: usize, flags: MapFlags) -> Mapped {
+pub(crate) fn map(path: &Path, offset: usize, len: usize, flags: MapFlags) -> Mapped {
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
     let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let len_nonzero = NonZeroUsize::new(len).unwrap();
@@ -65,7 +65,7 @@ fn map(path: &Path, offset: usize, len: usize, flags: MapFlags) -> Mapped {
 
 /// A child in which the pages of `read` were read and those of `write` written, each at a byte of
 /// the mapping.
-fn child(mapped: &Mapped, read: &[usize], write: &[usize]) -> Child {
+pub(crate) fn child(mapped: &Mapped, read: &[usize], write: &[usize]) -> Child {
     let (done, done_tx): (OwnedFd, OwnedFd) = pipe().unwrap();
     let base = mapped.at.as_ptr().cast::<u8>();
     assert!(read.iter().chain(write).all(|offset| *offset < mapped.len));
@@ -99,7 +99,7 @@ fn child(mapped: &Mapped, read: &[usize], write: &[usize]) -> Child {
     }
 }
 
-fn memfile(dir: &TempDir, pages: usize, page_size: PageSize) -> Memfile {
+pub(crate) fn memfile(dir: &TempDir, pages: usize, page_size: PageSize) -> Memfile {
     let path = dir.path().join("memfile");
     let contents: Vec<u8> = (0..pages * PAGE).map(|i| (i / PAGE % 255) as u8).collect();
     std::fs::write(&path, contents).unwrap();
@@ -117,7 +117,7 @@ fn ask(pid: u32, memfile: &Memfile) -> Vec<Range<u64>> {
     by_entries
 }
 
-fn pages_of(ranges: &[Range<u64>], page: usize) -> Vec<usize> {
+pub(crate) fn pages_of(ranges: &[Range<u64>], page: usize) -> Vec<usize> {
     assert!(ranges.windows(2).all(|w| w[0].end < w[1].start), "{ranges:?}");
     ranges.iter().flat_map(|r| (r.start as usize / page)..(r.end as usize / page)).collect()
 }

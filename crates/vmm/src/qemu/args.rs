@@ -108,7 +108,8 @@ pub fn arguments(m: &Machine<'_>, fds: Fds) -> Vec<OsString> {
             fds.disk
         ),
     );
-    add("-device", "virtio-blk-device,drive=disk".into());
+    // A full disk of the host is an error for the guest; by default QEMU would stop the guest for it.
+    add("-device", "virtio-blk-device,drive=disk,werror=report,rerror=report".into());
     add("-netdev", format!("tap,id=net,fd={}", fds.tap));
     add("-device", format!("virtio-net-device,netdev=net,mac={}", m.mac));
     add("-device", "virtio-rng-device,rng=rng".into());

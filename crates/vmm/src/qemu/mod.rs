@@ -2,22 +2,27 @@
 //! state snapshots beside the memfile (migration with `x-ignore-shared`).
 
 pub mod args;
+mod devices;
 pub mod probe;
 pub mod qmp;
+mod tsc;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
-use crate::cgroup::{Cgroup, CgroupRoot};
+use crate::cgroup::CgroupRoot;
+use crate::console::Tail;
 use crate::process::{ExitWatch, Process, Spawn, socket_pair};
-use crate::{Boot, DriverId, Memory, Result, Vm, VmConfig, Vmm, VmmError};
+use crate::running::{Running, StepError};
+use crate::{
+    Boot, Disk, DiskDoor, DriverId, KernelFormat, Memory, MemoryDoor, MemorySaved, Needs, Result, SaveMemory,
+    SnapshotFiles, Tap, TapDoor, Vm, VmConfig, Vmm, VmmError,
+};
 pub use args::Accel;
 use args::{Fds, Machine, arguments};
 use qmp::{Command, Qmp, QmpError};
@@ -26,6 +31,8 @@ use qmp::{Command, Qmp, QmpError};
 /// heavily loaded emulating host, seconds.
 const STEP_LIMIT: Duration = Duration::from_secs(60);
 const CONSOLE_LIMIT: usize = 64 * 1024;
+/// A QEMU with its few devices has about 40 files open.
+const MAX_FILES: u64 = 1024;
 
 /// QEMU on this host.
 #[derive(Debug, Clone)]
@@ -35,6 +42,8 @@ pub struct Qemu {
     accel: Accel,
     kvm_group: Option<u32>,
     cgroups: CgroupRoot,
+    /// Of the counter that guests see, where their kernels cannot be left to measure it.
+    tsc_khz: Option<u64>,
 }
 
 impl Qemu {
@@ -48,23 +57,38 @@ impl Qemu {
             Accel::Kvm => probe::device_group(Path::new("/dev/kvm")),
             Accel::Tcg => None,
         };
-        Ok(Self { program, version, accel, kvm_group, cgroups })
+        let tsc_khz = match accel {
+            Accel::Kvm => None,
+            Accel::Tcg => tokio::task::spawn_blocking(tsc::khz).await.unwrap_or_default(),
+        };
+        Ok(Self { program, version, accel, kvm_group, cgroups, tsc_khz })
     }
 
     async fn start(&self, config: VmConfig, boot: Option<&Boot>) -> Result<QemuVm> {
-        let VmConfig { name, vcpus, memory_mb, memory, disk, tap, netns, mac, uid, limits } = config;
+        let VmConfig { name, vcpus, memory_mb, memory, disk, tap, netns, mac, uid, limits, .. } = config;
+        let cannot = |what: &str| unsupported(&name, what.to_owned());
+        if config.huge_pages {
+            return Err(cannot("give a guest huge pages"));
+        }
         let (shared, memfile) = match memory {
             Memory::Shared(f) => (true, f),
             Memory::Private(f) => (false, f),
+            other => return Err(cannot(&format!("run a guest in {}", other.name()))),
+        };
+        let Disk::Nbd(disk) = disk else {
+            return Err(cannot("take a block device as its disk"));
+        };
+        let Tap::Open(tap) = tap else {
+            return Err(cannot("open a tap by its name"));
         };
         let (qmp, qmp_child) = socket_pair()?;
-        let console = Arc::new(Mutex::new(Vec::new()));
+        let console = Tail::new(CONSOLE_LIMIT);
         // Only a cold boot's console is kept: that of a sandbox is for its guest to fill.
         let serial_child = match boot {
             Some(_) => {
                 let (serial, child) = socket_pair()?;
                 let serial = UnixStream::from_std(serial).map_err(|e| VmmError::io("use the console", e))?;
-                tokio::spawn(keep_console(serial, console.clone()));
+                tokio::spawn(console.clone().keep(serial));
                 Some(child)
             }
             None => None,
@@ -91,31 +115,22 @@ impl Qemu {
             uid,
             groups: self.kvm_group.into_iter().collect(),
             cgroup_procs: cgroup.procs_files(),
+            jail: None,
+            stdout: None,
+            log: None,
+            max_files: MAX_FILES,
         };
         let process = Process::spawn(&name, spawn).await?;
         let stream = UnixStream::from_std(qmp).map_err(|e| VmmError::io("use the monitor socket", e))?;
-        let mut vm = QemuVm { name, process, qmp: None, console, _cgroup: cgroup };
-        let qmp = vm.step("starting QEMU", async {
+        let vm = Running::new(name, process, cgroup);
+        let mut vm = QemuVm { vm, qmp: None, console, shared, configuration: Vec::new() };
+        let qmp = vm.vm.step("starting QEMU", STEP_LIMIT, async {
             let mut qmp = Qmp::handshake(stream).await?;
             qmp.prepare_migration().await?;
-            Ok(qmp)
+            Ok::<_, QmpError>(qmp)
         });
         vm.qmp = Some(qmp.await?);
         Ok(vm)
-    }
-}
-
-async fn keep_console(mut serial: UnixStream, console: Arc<Mutex<Vec<u8>>>) {
-    let mut buf = [0u8; 4096];
-    while let Ok(n) = serial.read(&mut buf).await {
-        if n == 0 {
-            return;
-        }
-        if let Ok(mut text) = console.lock() {
-            text.extend_from_slice(&buf[..n]);
-            let over = text.len().saturating_sub(CONSOLE_LIMIT);
-            text.drain(..over);
-        }
     }
 }
 
@@ -125,8 +140,24 @@ impl Vmm for Qemu {
         DriverId { driver: "qemu".into(), version: self.version.clone(), accel: self.accel.name().into() }
     }
 
+    fn needs(&self) -> Needs {
+        Needs {
+            kernel: KernelFormat::BzImage,
+            // No reboot=: of the ways to reset, only the kernel's own choice ends this machine
+            // (`-no-reboot`) after a restart as well as after a panic, with KVM and without.
+            kernel_arguments: "panic=-1 tsc=reliable no_timer_check",
+            disk: DiskDoor::Nbd,
+            tap: TapDoor::Open,
+            memory: MemoryDoor::Memfile,
+        }
+    }
+
     async fn boot(&self, config: VmConfig, boot: &Boot) -> Result<Box<dyn Vm>> {
-        Ok(Box::new(self.start(config, Some(boot)).await?))
+        let mut boot = boot.clone();
+        if let Some(khz) = self.tsc_khz {
+            boot.cmdline.push_str(&format!(" tsc_early_khz={khz}"));
+        }
+        Ok(Box::new(self.start(config, Some(&boot)).await?))
     }
 
     async fn prepare(&self, config: VmConfig) -> Result<Box<dyn Vm>> {
@@ -134,60 +165,48 @@ impl Vmm for Qemu {
     }
 }
 
+/// QEMU takes a passed file only in the very mode in which it would have opened it.
+fn write_only(file: &File) -> Result<File> {
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().write(true).open(own).map_err(|e| VmmError::io("reopen the state file", e))
+}
+
+fn unsupported(vm: &str, what: String) -> VmmError {
+    VmmError::Unsupported { vm: vm.to_owned(), driver: "QEMU", what }
+}
+
+impl From<QmpError> for StepError {
+    fn from(e: QmpError) -> Self {
+        match e {
+            QmpError::Lost(_) => Self::Lost(e.to_string()),
+            _ => Self::Refused(e.to_string()),
+        }
+    }
+}
+
 /// One QEMU process.
 #[derive(Debug)]
 struct QemuVm {
-    name: String,
-    process: Process,
+    vm: Running,
     qmp: Option<Qmp>,
-    console: Arc<Mutex<Vec<u8>>>,
-    // Last: dropped, and so removed, after the process was killed.
-    _cgroup: Cgroup,
+    console: Tail,
+    /// Its memory is in the memfile, not in a private mapping of it.
+    shared: bool,
+    /// What the loaded state says of the machine; the next one says the same.
+    configuration: Vec<u8>,
 }
 
 impl QemuVm {
-    /// Runs one exchange with QEMU, bounded in time and ended by the process's death.
-    async fn step<T>(
-        &self,
-        action: &'static str,
-        work: impl Future<Output = Result<T, QmpError>>,
-    ) -> Result<T> {
-        match tokio::time::timeout(STEP_LIMIT, work).await {
-            Ok(Ok(v)) => Ok(v),
-            Ok(Err(QmpError::Lost(e))) => {
-                // The monitor closes just before the exit is known.
-                let mut exit = self.process.exit();
-                match tokio::time::timeout(Duration::from_secs(2), exit.wait()).await {
-                    Ok(status) => Err(self.exited(status, action)),
-                    Err(_) => Err(self.refused(action, QmpError::Lost(e))),
-                }
-            }
-            Ok(Err(e)) => Err(self.refused(action, e)),
-            Err(_) => {
-                let seconds = STEP_LIMIT.as_secs();
-                Err(VmmError::Timeout { vm: self.name.clone(), action, seconds })
-            }
-        }
-    }
-
-    fn exited(&self, status: String, action: &'static str) -> VmmError {
-        VmmError::Exited { vm: self.name.clone(), status, action, log: self.process.log() }
-    }
-
-    fn refused(&self, action: &str, e: QmpError) -> VmmError {
-        VmmError::Command { vm: self.name.clone(), command: action.into(), message: e.to_string() }
-    }
-
     async fn command(&mut self, action: &'static str, command: Command) -> Result<()> {
         let mut qmp = self.take_qmp(action)?;
-        let result = self.step(action, async { qmp.execute(&command).await }).await;
+        let result = self.vm.step(action, STEP_LIMIT, async { qmp.execute(&command).await }).await;
         self.qmp = Some(qmp);
         result.map(drop)
     }
 
     async fn migrate(&mut self, action: &'static str, command: Command) -> Result<()> {
         let mut qmp = self.take_qmp(action)?;
-        let result = self.step(action, async { qmp.migrate(&command).await }).await;
+        let result = self.vm.step(action, STEP_LIMIT, async { qmp.migrate(&command).await }).await;
         self.qmp = Some(qmp);
         result
     }
@@ -196,16 +215,40 @@ impl QemuVm {
     /// on the path to it.
     async fn pass_file(&mut self, action: &'static str, file: File) -> Result<u64> {
         let mut qmp = self.take_qmp(action)?;
-        let result = self.step(action, async { qmp.add_fd(file.into()).await }).await;
+        let result = self.vm.step(action, STEP_LIMIT, async { qmp.add_fd(file.into()).await }).await;
         self.qmp = Some(qmp);
         result
+    }
+
+    /// Saves the state alone. A migration would write all memory that is not shared with a file.
+    async fn save_devices(&mut self, snapfile: File) -> Result<MemorySaved> {
+        const ACTION: &str = "saving the state";
+        // In memory that the process accounts for, so that it has no hold on the caller's file.
+        let scratch = devices::scratch().map_err(|e| VmmError::io("make a file in memory", e))?;
+        let fd = self.pass_file(ACTION, write_only(&scratch)?).await?;
+        self.command(ACTION, Command::XenSaveDevicesState { filename: format!("/dev/fdset/{fd}") }).await?;
+        let configuration = self.configuration.clone();
+        self.blocking(ACTION, move || devices::complete(&scratch, &configuration, &snapfile)).await?;
+        Ok(MemorySaved::InMapping)
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        action: &'static str,
+        work: impl FnOnce() -> std::result::Result<T, devices::StateError> + Send + 'static,
+    ) -> Result<T> {
+        match tokio::task::spawn_blocking(work).await {
+            Ok(result) => result.map_err(|e| self.vm.refused(action, e.to_string())),
+            Err(e) => Err(VmmError::io("finish a file operation", std::io::Error::other(e))),
+        }
     }
 
     /// The monitor is taken for the time of an exchange; one that was cancelled half-way has
     /// lost it, since its answers would be taken for the next command's.
     fn take_qmp(&mut self, action: &'static str) -> Result<Qmp> {
         self.qmp.take().ok_or_else(|| {
-            self.refused(action, QmpError::Malformed("an earlier exchange was cancelled".into()))
+            self.vm
+                .refused(action, QmpError::Malformed("an earlier exchange was cancelled".into()).to_string())
         })
     }
 }
@@ -213,6 +256,10 @@ impl QemuVm {
 #[async_trait]
 impl Vm for QemuVm {
     async fn load(&mut self, snapfile: File) -> Result<()> {
+        let (configuration, snapfile) = self
+            .blocking("reading the state", move || devices::configuration(&snapfile).map(|c| (c, snapfile)))
+            .await?;
+        self.configuration = configuration;
         let fd = self.pass_file("loading the state", snapfile).await?;
         let channels = Command::MigrateIncoming { uri: format!("file:/dev/fdset/{fd}") };
         self.migrate("loading the state", channels).await
@@ -226,34 +273,34 @@ impl Vm for QemuVm {
         self.command("pausing", Command::Stop {}).await
     }
 
-    async fn snapshot(&mut self, snapfile: File) -> Result<()> {
-        // QEMU takes a passed file only in the very mode in which it would have opened it.
-        let own = format!("/proc/self/fd/{}", snapfile.as_raw_fd());
-        let copy =
-            File::options().write(true).open(own).map_err(|e| VmmError::io("reopen the state file", e))?;
+    async fn snapshot(&mut self, files: SnapshotFiles) -> Result<MemorySaved> {
+        let SnapshotFiles { state: snapfile, memory } = files;
+        if !matches!(memory, SaveMemory::Stay) {
+            return Err(unsupported(&self.vm.name, "write its memory to another file".into()));
+        }
+        if !self.shared {
+            return self.save_devices(snapfile).await;
+        }
+        let copy = write_only(&snapfile)?;
         let fd = self.pass_file("saving the state", copy).await?;
         self.migrate("saving the state", Command::Migrate { uri: format!("file:/dev/fdset/{fd}") }).await?;
-        snapfile.sync_all().map_err(|e| VmmError::io("sync the state file", e))
+        snapfile.sync_all().map_err(|e| VmmError::io("sync the state file", e))?;
+        Ok(MemorySaved::InMemfile)
     }
 
     fn pid(&self) -> u32 {
-        self.process.pid()
+        self.vm.process.pid()
     }
 
     fn exit(&self) -> ExitWatch {
-        self.process.exit()
+        self.vm.process.exit()
     }
 
     fn console(&self) -> String {
-        self.console.lock().map(|c| String::from_utf8_lossy(&c).into_owned()).unwrap_or_default()
+        self.console.text()
     }
 
     async fn kill(self: Box<Self>) -> Result<()> {
-        let Self { process, _cgroup: cgroup, .. } = *self;
-        process.kill().await;
-        // rmdir of a cgroup can wait for the kernel.
-        tokio::task::spawn_blocking(move || drop(cgroup))
-            .await
-            .map_err(|e| VmmError::io("remove the cgroup", std::io::Error::other(e)))
+        self.vm.kill().await
     }
 }

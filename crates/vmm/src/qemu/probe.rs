@@ -98,7 +98,7 @@ pub async fn kvm(program: &Path, kernel: &Path, initrd: &Path, limit: Duration) 
         .arg(kernel)
         .arg("-initrd")
         .arg(initrd)
-        // guest-init says that it runs and powers off.
+        // guest-init says that it runs and ends the VM.
         .args(["-append", "console=ttyS0 quiet panic=-1 nidus.probe=1", "-serial", "stdio"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -63,6 +63,11 @@ pub enum Command {
     },
     /// State of the last migration.
     QueryMigrate {},
+    /// Saves the state of processors and devices, without any memory, to a file.
+    XenSaveDevicesState {
+        /// Its path.
+        filename: String,
+    },
 }
 
 /// One migration capability.

@@ -1,0 +1,159 @@
+//! Paused sandboxes.
+
+use chrono::{DateTime, Utc};
+use nidus_proto::node::SandboxConfig;
+use prost::Message;
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::{Store, StoreError, now, sql, time};
+
+/// A build of a paused sandbox.
+#[derive(Debug, Clone)]
+pub struct SnapshotRow {
+    pub build_id: String,
+    pub sandbox_id: String,
+    /// The node has said that the build is there.
+    pub paused: bool,
+    /// What the sandbox is resumed with.
+    pub config: SandboxConfig,
+    pub started_at: DateTime<Utc>,
+    pub paused_at: DateTime<Utc>,
+}
+
+macro_rules! select {
+    ($rest:literal) => {
+        concat!("SELECT build_id, sandbox_id, status, config, started_at, paused_at FROM snapshots ", $rest)
+    };
+}
+
+fn row(r: &SqliteRow) -> Result<SnapshotRow, sqlx::Error> {
+    let config: Vec<u8> = r.try_get(3)?;
+    let config = SandboxConfig::decode(config.as_slice()).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
+    Ok(SnapshotRow {
+        build_id: r.try_get(0)?,
+        sandbox_id: r.try_get(1)?,
+        paused: r.try_get::<String, _>(2)? == "paused",
+        config,
+        started_at: time(r.try_get(4)?),
+        paused_at: time(r.try_get(5)?),
+    })
+}
+
+impl Store {
+    /// Notes that a sandbox is about to be paused with this configuration, which names the build.
+    pub(crate) async fn begin_pause(
+        &self,
+        config: &SandboxConfig,
+        started_at: DateTime<Utc>,
+    ) -> Result<(), StoreError> {
+        sqlx::query(
+            "INSERT INTO snapshots (build_id, sandbox_id, team_id, status, config, started_at, paused_at) \
+             VALUES (?, ?, ?, 'pausing', ?, ?, ?)",
+        )
+        .bind(&config.build_id)
+        .bind(&config.sandbox_id)
+        .bind(&config.team_id)
+        .bind(config.encode_to_vec())
+        .bind(started_at.timestamp_millis())
+        .bind(now())
+        .execute(&self.pool)
+        .await
+        .map(drop)
+        .map_err(sql("note a pause"))
+    }
+
+    /// The build is there.
+    pub(crate) async fn finish_pause(&self, build: &str) -> Result<(), StoreError> {
+        sqlx::query("UPDATE snapshots SET status = 'paused', paused_at = ? WHERE build_id = ?")
+            .bind(now())
+            .bind(build)
+            .execute(&self.pool)
+            .await
+            .map(drop)
+            .map_err(sql("finish a pause"))
+    }
+
+    /// There is no such build, or no more.
+    pub(crate) async fn forget_snapshot(&self, build: &str) -> Result<(), StoreError> {
+        sqlx::query("DELETE FROM snapshots WHERE build_id = ?")
+            .bind(build)
+            .execute(&self.pool)
+            .await
+            .map(drop)
+            .map_err(sql("forget a pause"))
+    }
+
+    /// All builds of a team's sandbox, newest first.
+    pub(crate) async fn snapshots_of(
+        &self,
+        team: &str,
+        sandbox: &str,
+    ) -> Result<Vec<SnapshotRow>, StoreError> {
+        let wrap = sql("look a paused sandbox up");
+        let rows = sqlx::query(select!("WHERE team_id = ? AND sandbox_id = ? ORDER BY rowid DESC"))
+            .bind(team)
+            .bind(sandbox)
+            .fetch_all(&self.pool)
+            .await
+            .map_err(&wrap)?;
+        rows.iter().map(row).collect::<Result<_, _>>().map_err(wrap)
+    }
+
+    /// The newest build of each sandbox of a team.
+    pub(crate) async fn snapshots(&self, team: &str) -> Result<Vec<SnapshotRow>, StoreError> {
+        let wrap = sql("list paused sandboxes");
+        let rows = sqlx::query(select!(
+            "WHERE team_id = ? AND rowid IN (SELECT max(rowid) FROM snapshots GROUP BY sandbox_id)"
+        ))
+        .bind(team)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(&wrap)?;
+        rows.iter().map(row).collect::<Result<_, _>>().map_err(wrap)
+    }
+
+    /// Pauses whose end nobody noted, since the daemon was ended meanwhile.
+    pub(crate) async fn interrupted_pauses(&self) -> Result<Vec<SnapshotRow>, StoreError> {
+        let wrap = sql("list interrupted pauses");
+        let rows =
+            sqlx::query(select!("WHERE status = 'pausing'")).fetch_all(&self.pool).await.map_err(&wrap)?;
+        rows.iter().map(row).collect::<Result<_, _>>().map_err(wrap)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_pause_is_noted_before_it_is_done() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("db")).await.unwrap();
+        let team = store.default_team().await.unwrap();
+        let config = |sandbox: &str, build: &str| SandboxConfig {
+            sandbox_id: sandbox.into(),
+            build_id: build.into(),
+            team_id: team.clone(),
+            metadata: [("k".into(), "\u{17e}".into())].into(),
+            ..Default::default()
+        };
+        let started = DateTime::from_timestamp(5, 0).unwrap();
+        for (sandbox, build) in [("a", "1"), ("b", "2"), ("a", "3")] {
+            store.begin_pause(&config(sandbox, build), started).await.unwrap();
+        }
+        assert_eq!(store.interrupted_pauses().await.unwrap().len(), 3);
+        store.finish_pause("1").await.unwrap();
+        let of_a = store.snapshots_of(&team, "a").await.unwrap();
+        let seen: Vec<_> = of_a.iter().map(|s| (s.build_id.as_str(), s.paused)).collect();
+        assert_eq!(seen, [("3", false), ("1", true)]);
+        assert_eq!((&of_a[0].config, of_a[0].started_at), (&config("a", "3"), started));
+        assert!(store.snapshots_of("another", "a").await.unwrap().is_empty());
+        let mut newest: Vec<_> =
+            store.snapshots(&team).await.unwrap().into_iter().map(|s| s.build_id).collect();
+        newest.sort();
+        assert_eq!(newest, ["2", "3"]);
+        store.forget_snapshot("3").await.unwrap();
+        assert_eq!(store.snapshots_of(&team, "a").await.unwrap()[0].build_id, "1");
+    }
+}

@@ -1,0 +1,106 @@
+//! What the base template was made of, so that a newer envd, kernel or VMM makes it anew.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::config::Config;
+
+/// The parts that are not in the configuration.
+#[derive(Debug)]
+pub struct MadeWith {
+    /// Program in the guest.
+    pub envd: PathBuf,
+    /// First program of the guest.
+    pub guest_init: PathBuf,
+    /// Version of the guest's kernel.
+    pub kernel: String,
+    /// The VMM that saves the snapshot.
+    pub vmm: String,
+}
+
+/// A build of the base template and the digest of all that it was made of.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// The build.
+    pub build: String,
+    /// SHA-256, in hexadecimal digits.
+    pub digest: String,
+}
+
+const FILE: &str = "base-template.json";
+
+impl Recipe {
+    /// The digest that a build made now would have.
+    pub fn of(config: &Config, with: &MadeWith) -> anyhow::Result<String> {
+        let mut hash = Sha256::new();
+        for path in [&with.envd, &with.guest_init] {
+            let mut file = File::open(path).with_context(|| format!("Cannot read {}", path.display()))?;
+            io::copy(&mut file, &mut HashWriter(&mut hash))
+                .with_context(|| format!("Cannot read {}", path.display()))?;
+        }
+        let rest = (
+            &config.base_image,
+            config.base_cpu,
+            config.base_memory_mb,
+            config.disk_mb,
+            &with.kernel,
+            &with.vmm,
+        );
+        hash.update(serde_json::to_vec(&rest)?);
+        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// The one that was saved, if it can be read.
+    pub fn load(data_dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(data_dir.join(FILE)).ok()?).ok()
+    }
+
+    /// Saves it for the next start.
+    pub fn save(&self, data_dir: &Path) -> anyhow::Result<()> {
+        let path = data_dir.join(FILE);
+        std::fs::write(&path, serde_json::to_vec(self)?)
+            .with_context(|| format!("Cannot write {}", path.display()))
+    }
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_envd_or_size_is_another_recipe() {
+        let dir = tempfile::tempdir().unwrap();
+        let (envd, guest_init) = (dir.path().join("envd"), dir.path().join("init"));
+        std::fs::write(&envd, "one").unwrap();
+        std::fs::write(&guest_init, "init").unwrap();
+        let with = MadeWith { envd: envd.clone(), guest_init, kernel: "6.1".into(), vmm: "qemu".into() };
+        let config = Config::default();
+        let first = Recipe::of(&config, &with).unwrap();
+        assert_eq!(first, Recipe::of(&config, &with).unwrap());
+        assert_ne!(first, Recipe::of(&Config { base_memory_mb: 1024, ..config.clone() }, &with).unwrap());
+        std::fs::write(&envd, "two").unwrap();
+        assert_ne!(first, Recipe::of(&config, &with).unwrap());
+
+        let recipe = Recipe { build: "b".into(), digest: first };
+        recipe.save(dir.path()).unwrap();
+        assert_eq!(Recipe::load(dir.path()), Some(recipe));
+    }
+}

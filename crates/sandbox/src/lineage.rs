@@ -1,0 +1,51 @@
+//! Which builds read the files of which.
+
+use nidus_block::header::Header;
+use nidus_storage::{Artifact, BuildId, LocalStore, StorageError};
+
+/// The published builds, other than itself, whose headers name `build`: without its files they
+/// could not be resumed.
+pub async fn builds_that_read(store: &LocalStore, build: BuildId) -> Result<Vec<BuildId>, StorageError> {
+    let others: Vec<BuildId> = store.list().await?.into_iter().filter(|b| *b != build).collect();
+    let store = store.clone();
+    let find = move || others.into_iter().filter(|other| reads(&store, *other, build)).collect();
+    let shutdown = |_| StorageError::Shutdown { action: "look through the builds" };
+    tokio::task::spawn_blocking(find).await.map_err(shutdown)
+}
+
+fn reads(store: &LocalStore, other: BuildId, build: BuildId) -> bool {
+    [Artifact::MemfileHeader, Artifact::RootfsHeader].into_iter().any(|artifact| {
+        // One that cannot be read is of no use to its build either.
+        let text = std::fs::read(store.path(other, artifact)).unwrap_or_default();
+        let header = Header::parse(&text);
+        // The base counts even if no byte of it is left: its memory file is what is mapped.
+        header.is_ok_and(|h| h.base() == build || h.mappings().iter().any(|m| m.build == build))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use nidus_block::header::Mapping;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_build_is_needed_by_its_children() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let store = LocalStore::open(dir.path()).unwrap();
+        let [base, child, alone] = [(); 3].map(|()| BuildId::random());
+        let identity = |b| Header::identity(b, 8192, 4096).unwrap();
+        let stored = Mapping { offset: 0, len: 8192, build: child, build_offset: 0 };
+        // Nothing of the base is left in it.
+        let changed = identity(base).child(child, &[stored]).unwrap();
+        for (build, header) in [(base, identity(base)), (child, changed), (alone, identity(alone))] {
+            let staged = store.stage(build).await.unwrap();
+            staged.write(Artifact::MemfileHeader, header.to_bytes()).await.unwrap();
+            staged.write(Artifact::Metadata, "{}").await.unwrap();
+            staged.commit().await.unwrap();
+        }
+        assert_eq!(builds_that_read(&store, base).await.unwrap(), [child]);
+        assert!(builds_that_read(&store, child).await.unwrap().is_empty());
+        assert!(builds_that_read(&store, alone).await.unwrap().is_empty());
+    }
+}

@@ -1,0 +1,106 @@
+//! A VM's memory as this process serves it, page by page (userfaultfd).
+
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nidus_memory::uffd::{
+    Config, End, Handler, HandlerError, Handshake, HandshakeError, PageSource, Recording, StartError,
+};
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+/// A VMM that was told to load hands its memory over at once.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why a VM's memory is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The VMM never asked for it.
+    #[error("the VMM did not hand its memory over")]
+    NotAsked,
+    /// The connection cannot be used.
+    #[error("Cannot use the VMM's memory connection: {0}")]
+    Connection(std::io::Error),
+    /// What the VMM sent is not its memory.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// It cannot be served.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// It could be served no longer.
+    #[error(transparent)]
+    Handler(#[from] Arc<HandlerError>),
+    /// The source of the pages cannot be opened.
+    #[error("Cannot open the memory file: {0}")]
+    Source(std::io::Error),
+}
+
+/// The server of one VM's memory. The VM must have ended before this is stopped or dropped: a page
+/// that nobody answers for reads as zeros.
+#[derive(Debug)]
+pub struct ServedMemory {
+    handler: Arc<Handler>,
+}
+
+/// Serves what comes through `connection` while the VMM loads its state.
+pub fn serve(
+    connection: oneshot::Receiver<StdUnixStream>,
+    source: Arc<dyn PageSource>,
+) -> JoinHandle<Result<ServedMemory, MemoryError>> {
+    tokio::spawn(async move {
+        let stream = connection.await.map_err(|_| MemoryError::NotAsked)?;
+        stream.set_nonblocking(true).map_err(MemoryError::Connection)?;
+        let stream = UnixStream::from_std(stream).map_err(MemoryError::Connection)?;
+        let handshake = Handshake::receive(stream, source.size(), HANDSHAKE_LIMIT).await?;
+        let handler = Handler::start(handshake, source, Config::default())?;
+        Ok(ServedMemory { handler: Arc::new(handler) })
+    })
+}
+
+/// The server that [`serve`] started.
+pub async fn finish(
+    serving: JoinHandle<Result<ServedMemory, MemoryError>>,
+) -> Result<ServedMemory, MemoryError> {
+    serving.await.unwrap_or_else(|e| Err(MemoryError::Connection(std::io::Error::other(e))))
+}
+
+impl ServedMemory {
+    /// Which pages the VM has needed so far, in their order.
+    pub fn recording(&self) -> Recording {
+        self.handler.recording()
+    }
+
+    /// Puts the pages of a recording in place ahead of need, in the background.
+    pub fn prefetch(&self, recording: Option<&Recording>) {
+        if let Some(recording) = recording
+            && self.handler.prefetch(recording).is_err()
+        {
+            tracing::debug!("a recording of other memory was not used");
+        }
+    }
+
+    /// Resolves when the memory can be served no longer, with the reason; the VM must be killed
+    /// then. A VM that ends by itself is not such a reason.
+    pub fn failed(&self) -> impl Future<Output = Arc<HandlerError>> + Send + 'static {
+        let handler = self.handler.clone();
+        async move {
+            match handler.ended().await {
+                Err(e) => e,
+                Ok(End::Exited | End::Disconnected | End::Stopped) => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Ends it, after the VM.
+    pub async fn stop(self) {
+        // Somebody who still waits for its failure drops it later; the VM is gone either way.
+        let Ok(handler) = Arc::try_unwrap(self.handler) else { return };
+        let metrics = handler.metrics();
+        if let Err(e) = handler.stop().await {
+            tracing::warn!("while the memory of a VM was released: {e}");
+        }
+        tracing::debug!(?metrics, "the memory of a VM is released");
+    }
+}
