@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from e2b import NotFoundException, Sandbox, SandboxException, SandboxNotFoundException, SandboxQuery, SandboxState
 from support.checks import assert_error_body
+from support.daemon import wait_for
 
 COUNTER = """
 import time
@@ -178,6 +179,16 @@ def test_only_what_changed_is_stored(new_sandbox, capsys):
         print(f"\nstored of 20 MiB memory and 5 MiB disk: {memory / MIB:.1f} and {disk / MIB:.1f} MiB")
     assert memory >= 20 * MIB and disk >= 5 * MIB
     assert memory + disk <= 1.25 * 25 * MIB
+
+
+def test_the_end_of_its_time_pauses_it_if_so_asked(new_sandbox):
+    sandbox = new_sandbox(lifecycle={"on_timeout": "pause"}, timeout=600)
+    start_counting(sandbox)
+    before = count_beyond(sandbox, 1)
+    sandbox.set_timeout(2)
+    wait_for("it to be paused", lambda: sandbox.get_info().state == SandboxState.PAUSED, 30, every=0.2)
+    sandbox.connect(timeout=300)
+    count_beyond(sandbox, before)
 
 
 def test_a_connection_from_before_the_pause_fails_cleanly(new_sandbox):
