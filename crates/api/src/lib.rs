@@ -6,6 +6,7 @@
 mod auth;
 mod build;
 mod error;
+mod expiry;
 mod input;
 mod list;
 mod model;

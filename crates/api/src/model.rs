@@ -15,6 +15,8 @@ pub struct NewSandbox {
     pub timeout: Option<i64>,
     #[serde(default)]
     pub auto_pause: Option<bool>,
+    #[serde(default)]
+    pub auto_pause_memory: Option<bool>,
     pub auto_resume: Option<AutoResume>,
     pub secure: Option<bool>,
     #[serde(rename = "allow_internet_access")]

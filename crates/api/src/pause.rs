@@ -27,7 +27,7 @@ use crate::list;
 use crate::model::{ConnectRequest, PauseRequest, ResumeRequest, Sandbox, TimeoutRequest};
 use crate::sandboxes::{extend, not_found, shown, time, timestamp};
 use crate::store::SnapshotRow;
-use crate::{Api, ApiError};
+use crate::{Api, ApiError, expiry};
 
 type Shared = State<Arc<Api>>;
 
@@ -111,6 +111,15 @@ impl Api {
         Ok(())
     }
 
+    /// Pauses it unless its end was moved on meanwhile.
+    pub(crate) async fn pause_when_due(&self, team: &Team, id: &str) -> Result<(), ApiError> {
+        let _turn = self.turns.take(id).await;
+        match self.running(team, id).await? {
+            Some(s) if expiry::is_due(&s) => self.pause(team, id).await,
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it is gone: a build that others read stays, and what it was is remembered.
     async fn delete_snapshot(&self, s: &SnapshotRow) -> Result<bool, ApiError> {
         let request = TemplateBuildDeleteRequest {
@@ -127,10 +136,17 @@ impl Api {
         Ok(true)
     }
 
-    async fn resume(&self, team: &Team, id: &str, length: TimeDelta) -> Result<Sandbox, ApiError> {
+    async fn resume(
+        &self,
+        team: &Team,
+        id: &str,
+        length: TimeDelta,
+        auto_pause: Option<bool>,
+    ) -> Result<Sandbox, ApiError> {
         let Some(paused) = self.paused(team, id).await? else { return Err(not_found(id)) };
         let mut config = paused.config;
         config.execution_id = Uuid::new_v4().to_string();
+        config.auto_pause = auto_pause.unwrap_or(config.auto_pause);
         let now = Utc::now();
         let request = SandboxCreateRequest {
             sandbox: Some(config.clone()),
@@ -184,7 +200,7 @@ impl Api {
         }
         // A client that says 0 wants to look at what runs; what is resumed must live a while.
         let length = if length.is_zero() { self.default_length() } else { length };
-        Ok((StatusCode::CREATED, self.resume(team, id, length).await?))
+        Ok((StatusCode::CREATED, self.resume(team, id, length, None).await?))
     }
 
     fn default_length(&self) -> TimeDelta {
@@ -245,9 +261,6 @@ pub async fn resume(
     if request.memory == Some(false) {
         return Err(ApiError::not_yet("memory: false"));
     }
-    if request.auto_pause == Some(true) {
-        return Err(ApiError::not_yet("autoPause"));
-    }
     let length = request.timeout.map_or(Ok(api.default_length()), |t| api.timeout(t))?;
     if length.is_zero() {
         return Err(ApiError::bad("The timeout of a resumed sandbox is at least 1 s"));
@@ -257,7 +270,7 @@ pub async fn resume(
         if api.running(&team, &id).await?.is_some() {
             return Err(conflict(format!("Sandbox \"{}\" is already running", shown(&id))));
         }
-        api.resume(&team, &id, length).await
+        api.resume(&team, &id, length, request.auto_pause).await
     });
     Ok((StatusCode::CREATED, Json(made.await?)))
 }

@@ -179,6 +179,7 @@ impl Api {
             envd_access_token: if new.secure == Some(false) { None } else { Some(secret()?) },
             execution_id: Uuid::new_v4().to_string(),
             allow_internet_access: new.allow_internet_access,
+            auto_pause: new.auto_pause == Some(true),
             network,
             ..SandboxConfig::default()
         };
@@ -215,7 +216,7 @@ fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
         v.as_ref().is_some_and(|v| !v.is_null() && v.as_object().is_none_or(|o| !o.is_empty()))
     };
     for (is, what) in [
-        (new.auto_pause == Some(true), "autoPause"),
+        (new.auto_pause_memory == Some(false), "autoPauseMemory: false"),
         (new.auto_resume.as_ref().is_some_and(|r| r.enabled), "autoResume"),
         (asked(&new.mcp), "mcp"),
         (asked(&new.iam), "iam"),
@@ -351,7 +352,7 @@ pub async fn detail(
         envd_access_token: c.envd_access_token,
         allow_internet_access: c.allow_internet_access,
         domain: api.config.domain.clone(),
-        lifecycle: Lifecycle { auto_resume: false, on_timeout: "kill" },
+        lifecycle: Lifecycle { auto_resume: false, on_timeout: if c.auto_pause { "pause" } else { "kill" } },
     }))
 }
 
@@ -406,8 +407,10 @@ mod tests {
         let plain =
             r#"{"templateID":"base","autoPause":false,"mcp":null,"autoResume":{"enabled":false},"x":1}"#;
         assert!(refuse_unsupported(&new(plain)).is_ok());
-        let e = refuse_unsupported(&new(r#"{"templateID":"base","autoPause":true}"#)).unwrap_err();
-        assert!(e.status == 501 && e.message.contains("autoPause"));
+        assert!(refuse_unsupported(&new(r#"{"templateID":"base","autoPause":true}"#)).is_ok());
+        let disk_only = r#"{"templateID":"base","autoPause":true,"autoPauseMemory":false}"#;
+        let e = refuse_unsupported(&new(disk_only)).unwrap_err();
+        assert!(e.status == 501 && e.message.contains("autoPauseMemory"));
     }
 
     #[test]

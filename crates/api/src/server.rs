@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
-use crate::{Api, ApiError, pause, sandboxes, templates};
+use crate::{Api, ApiError, expiry, pause, sandboxes, templates};
 
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// A client's connection without a request for this long is closed. The SDKs keep theirs for up to
@@ -111,6 +111,7 @@ fn router(api: Arc<Api>) -> Router {
 /// # Errors
 /// Never for a single connection.
 pub async fn serve(listener: TcpListener, api: Arc<Api>, stop: CancellationToken) -> io::Result<()> {
+    let expiry = tokio::spawn(expiry::run(api.clone(), stop.clone()));
     let router = router(api);
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIME);
@@ -143,6 +144,9 @@ pub async fn serve(listener: TcpListener, api: Arc<Api>, stop: CancellationToken
     drop(listener);
     if tokio::time::timeout(DRAIN_TIME, graceful.shutdown()).await.is_err() {
         tracing::warn!("connections to the API were cut after {} s", DRAIN_TIME.as_secs());
+    }
+    if let Err(e) = expiry.await {
+        tracing::error!("the task that pauses sandboxes at their end broke off: {e}");
     }
     Ok(())
 }

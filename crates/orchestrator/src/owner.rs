@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use chrono::Utc;
+use chrono::{TimeDelta, Utc};
 use nidus_proxy::Route;
 use nidus_sandbox::{CreateError, Sandbox, SandboxSpec};
 use nidus_telemetry::{Event, EventKind};
@@ -15,6 +15,9 @@ use crate::node::{Entry, Node, PauseRequest, State};
 
 /// The wall clock may be set: a far end time is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+/// How long a sandbox that is to be paused at its end outlives it when nobody does.
+const PAUSE_GRACE: TimeDelta = TimeDelta::minutes(5);
 
 /// Why a start failed.
 pub(crate) enum StartError {
@@ -147,7 +150,9 @@ async fn until_end(entry: &Entry, sandbox: &Sandbox, pauses: &mut mpsc::Receiver
     let failed = sandbox.failed();
     tokio::pin!(failed);
     loop {
-        let left = (*end.borrow_and_update() - Utc::now()).to_std().unwrap_or_default();
+        // One that is to be paused at its end waits a while for the API, which keeps what is paused.
+        let grace = if entry.config.auto_pause { PAUSE_GRACE } else { TimeDelta::zero() };
+        let left = (*end.borrow_and_update() + grace - Utc::now()).to_std().unwrap_or_default();
         if left.is_zero() {
             return End::Over("its time is over".to_owned());
         }
