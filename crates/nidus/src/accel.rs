@@ -12,6 +12,8 @@ use crate::config;
 
 /// A kernel that says nothing for this long does not run.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// Whoever insists on KVM has reason to expect it, and may have a slow host (itself a virtual one).
+const INSISTED_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Answer {
@@ -34,7 +36,9 @@ pub async fn choose(
     }
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let (program, version) = probe::find(qemu).await?;
-    let question = format!("{} {version} {} {}", program.display(), kernel.version, boot.trim());
+    // A short try that failed does not answer for a long one.
+    let insisted = if wanted == config::Accel::Kvm { " insisted" } else { "" };
+    let question = format!("{} {version} {} {}{insisted}", program.display(), kernel.version, boot.trim());
     let cache = data_dir.join("accel.json");
     let known = std::fs::read(&cache).ok().and_then(|t| serde_json::from_slice::<Answer>(&t).ok());
     let answer = match known.filter(|k| k.question == question) {
@@ -42,7 +46,8 @@ pub async fn choose(
         None => {
             let initrd = data_dir.join("probe.initrd");
             kernel.write_initramfs(guest_init, &initrd)?;
-            let choice = probe::kvm(qemu, &kernel.image(), &initrd, PROBE_LIMIT).await;
+            let limit = if wanted == config::Accel::Kvm { INSISTED_LIMIT } else { PROBE_LIMIT };
+            let choice = probe::kvm(qemu, &kernel.image(), &initrd, limit).await;
             let _ = std::fs::remove_file(&initrd);
             let answer = Answer { question, kvm: choice.accel == Accel::Kvm, reason: choice.reason };
             // Asked again next time if it cannot be kept.
