@@ -4,7 +4,7 @@
 pub mod args;
 pub mod probe;
 pub mod qmp;
-mod tsc;
+pub mod tsc;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
