@@ -20,12 +20,19 @@ REPO = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("NIDUS_BIN", REPO / "target/release/nidus"))
 DEFAULT_DATA_DIR = Path(os.environ.get("NIDUS_TEST_DATA_DIR", "/var/lib/nidus-test"))
 
+# How much longer than on an idle machine anything may take (the test bed is emulated).
+TIME_FACTOR = float(os.environ.get("NIDUS_TEST_TIME_FACTOR", "1"))
+
+# Whether the daemon gets the NIDUS_ variables of our own environment (the test bed chooses drivers so).
+INHERIT = os.environ.get("NIDUS_TEST_INHERIT") == "1"
+
 # Building the base template (packages, cold boot under emulation) may be part of the first start.
 FIRST_START_SECONDS = 15 * 60
 
 
 def wait_for(what: str, condition, seconds: float, every: float = 0.05):
     """Asks `condition` until it answers something true, and returns that."""
+    seconds *= TIME_FACTOR
     deadline = time.monotonic() + seconds
     while True:
         answer = condition()
@@ -79,7 +86,8 @@ class Daemon:
 
     def env(self) -> dict[str, str]:
         """The environment of the daemon and of every `nidus` command meant for it."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("E2B_", "NIDUS_"))}
+        hidden = ("E2B_",) if INHERIT else ("E2B_", "NIDUS_")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
         env.update(
             NIDUS_DATA_DIR=str(self.data_dir),
             NIDUS_API_ADDR=f"127.0.0.1:{self.api_port}",

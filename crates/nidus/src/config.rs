@@ -1,5 +1,6 @@
 //! One configuration: defaults, then a file, then the environment.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use anyhow::{Context, anyhow, bail};
 use figment::Figment;
 use figment::providers::{Env, Format as _, Serialized, Toml};
 use nidus_telemetry::Format;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Read when it is there and no other file is named.
 const DEFAULT_FILE: &str = "/etc/nidus/nidus.toml";
@@ -87,6 +88,10 @@ pub struct Config {
     pub log: String,
     /// `text` or `json`.
     pub log_format: Format,
+    /// Root file systems that are files of this host (ext4 images), by the name under which templates
+    /// ask for them. In the environment: `NAME=PATH`, several with commas between.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "images")]
+    pub local_images: BTreeMap<String, PathBuf>,
 }
 
 /// What runs the guests.
@@ -145,6 +150,7 @@ impl Default for Config {
             uid_base: 1_879_000_000,
             log: "info,sqlx=warn,h2=warn,hyper=warn".into(),
             log_format: Format::Text,
+            local_images: BTreeMap::new(),
         }
     }
 }
@@ -184,6 +190,7 @@ impl Config {
             firecracker_version: Some(String::new()),
             envd: Some(PathBuf::new()),
             guest_init: Some(PathBuf::new()),
+            local_images: [(String::new(), PathBuf::new())].into(),
             ..Self::default()
         }) {
             Ok(serde_json::Value::Object(fields)) => fields.keys().cloned().collect(),
@@ -200,6 +207,11 @@ impl Config {
         }
         if self.max_sandboxes == 0 || self.max_sandboxes > 4000 {
             bail!("max_sandboxes {} is not between 1 and 4000", self.max_sandboxes);
+        }
+        for (name, path) in &self.local_images {
+            if name.is_empty() || !path.is_absolute() {
+                bail!("local_images: '{name}={}' is not a name and an absolute path", path.display());
+            }
         }
         Ok(self)
     }
@@ -222,6 +234,27 @@ impl Config {
                 let variable = format!("NIDUS_{}", name.to_uppercase().replace('-', "_"));
                 anyhow!("{name} was not found beside {}. Run make build, or set {variable}", own.display())
             })
+    }
+}
+
+/// A table, or the environment's `NAME=PATH,NAME=PATH`.
+fn images<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, PathBuf>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        Table(BTreeMap<String, PathBuf>),
+        Text(String),
+    }
+    match Form::deserialize(from)? {
+        Form::Table(table) => Ok(table),
+        Form::Text(text) => text
+            .split(',')
+            .filter(|pair| !pair.is_empty())
+            .map(|pair| match pair.split_once('=') {
+                Some((name, path)) => Ok((name.to_owned(), PathBuf::from(path))),
+                None => Err(serde::de::Error::custom(format!("'{pair}' is not NAME=PATH"))),
+            })
+            .collect(),
     }
 }
 
@@ -257,6 +290,25 @@ mod tests {
         std::fs::write(&path, "no_such_thing = 1\n").unwrap();
         assert!(Config::load(Some(&path)).unwrap_err().to_string().contains("no_such_thing"));
         assert!(Config::load(Some(&dir.path().join("x"))).unwrap_err().to_string().contains("is not there"));
+    }
+
+    #[test]
+    fn local_images_are_a_table_or_a_list() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nidus.toml");
+        let load = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            Config::load(Some(&path))
+        };
+        let table = load("[local_images]\n\"debian:bookworm\" = \"/b.ext4\"\nmine = \"/m.ext4\"\n").unwrap();
+        let list = load("local_images = \"debian:bookworm=/b.ext4,mine=/m.ext4\"\n").unwrap();
+        assert_eq!(table.local_images["debian:bookworm"], PathBuf::from("/b.ext4"));
+        assert_eq!(table, list);
+        let shown = load(&toml::to_string_pretty(&table).unwrap()).unwrap();
+        assert_eq!(table, shown);
+        let error = |text: &str| load(text).unwrap_err().to_string();
+        assert!(error("local_images = \"mine\"\n").contains("local_images"));
+        assert!(error("local_images = \"mine=m.ext4\"\n").contains("absolute"));
     }
 
     #[test]

@@ -17,8 +17,8 @@ use crate::config::{self, Config};
 
 /// A kernel that says nothing for this long does not run.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
-/// Firecracker's way to the first word is longer where it is emulated itself.
-const FIRECRACKER_PROBE_LIMIT: Duration = Duration::from_secs(20);
+/// Whoever insists on a driver has reason to expect it, and may have a slow host (itself a virtual one).
+const INSISTED_LIMIT: Duration = Duration::from_secs(60);
 
 /// Whether a driver works here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,8 +50,9 @@ impl Probes<'_> {
     pub async fn qemu_kvm(&self) -> anyhow::Result<Answer> {
         let qemu = &self.config.qemu;
         let (program, version) = probe::find(qemu).await?;
-        self.ask("kvm", &format!("{} {version}", program.display()), async |initrd| {
-            let choice = probe::kvm(qemu, &self.kernel.image(), initrd, PROBE_LIMIT).await;
+        let limit = limit(self.config.accel == config::Accel::Kvm);
+        self.ask("kvm", &format!("{} {version}", program.display()), limit, async |initrd| {
+            let choice = probe::kvm(qemu, &self.kernel.image(), initrd, limit).await;
             Ok(Answer { works: choice.accel == Accel::Kvm, reason: choice.reason })
         })
         .await
@@ -70,8 +71,10 @@ impl Probes<'_> {
         }
         let kernel = self.kernel.clone();
         let elf = tokio::task::spawn_blocking(move || kernel.elf()).await??;
-        self.ask("firecracker", &format!("{} {}", program.path.display(), program.version), async |initrd| {
-            let verdict = firecracker::probe::kvm(program, &elf, initrd, FIRECRACKER_PROBE_LIMIT).await;
+        let limit = limit(self.config.vmm == config::VmmChoice::Firecracker);
+        let name = format!("{} {}", program.path.display(), program.version);
+        self.ask("firecracker", &name, limit, async |initrd| {
+            let verdict = firecracker::probe::kvm(program, &elf, initrd, limit).await;
             Ok(Answer { works: verdict.works, reason: verdict.reason })
         })
         .await
@@ -82,10 +85,12 @@ impl Probes<'_> {
         &self,
         name: &str,
         program: &str,
+        limit: Duration,
         probe: impl AsyncFnOnce(&Path) -> anyhow::Result<Answer>,
     ) -> anyhow::Result<Answer> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let question = format!("{program} {} {}", self.kernel.version, boot.trim());
+        // A short try that failed does not answer for a long one.
+        let question = format!("{program} {} {} {limit:?}", self.kernel.version, boot.trim());
         let dir = &self.config.data_dir;
         let file = dir.join(format!("probe-{name}.json"));
         let kept = std::fs::read(&file).ok().and_then(|t| serde_json::from_slice::<Kept>(&t).ok());
@@ -103,6 +108,10 @@ impl Probes<'_> {
         }
         Ok(answer)
     }
+}
+
+fn limit(insisted: bool) -> Duration {
+    if insisted { INSISTED_LIMIT } else { PROBE_LIMIT }
 }
 
 /// Where Firecracker is looked for: as configured, in the data directory, in PATH.

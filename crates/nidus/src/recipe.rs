@@ -52,6 +52,9 @@ impl Recipe {
             &with.vmm,
         );
         hash.update(serde_json::to_vec(&rest)?);
+        if let Some(image) = config.local_images.get(&config.base_image) {
+            hash.update(serde_json::to_vec(&(image, nidus_template::image_identity(image)?))?);
+        }
         Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
     }
 
@@ -96,6 +99,15 @@ mod tests {
         let first = Recipe::of(&config, &with).unwrap();
         assert_eq!(first, Recipe::of(&config, &with).unwrap());
         assert_ne!(first, Recipe::of(&Config { base_memory_mb: 1024, ..config.clone() }, &with).unwrap());
+        let image = dir.path().join("image");
+        let local =
+            Config { local_images: [(config.base_image.clone(), image.clone())].into(), ..config.clone() };
+        assert!(Recipe::of(&local, &with).unwrap_err().to_string().contains("image"));
+        std::fs::write(&image, "a").unwrap();
+        let local_first = Recipe::of(&local, &with).unwrap();
+        assert_ne!(first, local_first);
+        std::fs::write(&image, "another").unwrap();
+        assert_ne!(local_first, Recipe::of(&local, &with).unwrap());
         std::fs::write(&envd, "two").unwrap();
         assert_ne!(first, Recipe::of(&config, &with).unwrap());
 

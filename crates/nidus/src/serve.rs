@@ -203,6 +203,7 @@ impl Parts {
             max_starting: config.max_starting,
             start_limit: Duration::from_secs(60),
             default_disk_mb: config.disk_mb,
+            local_images: config.local_images.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_dir: dir.clone(),
         };

@@ -1,6 +1,7 @@
 //! The node: its parts, its sandboxes, its status.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -34,10 +35,13 @@ pub struct NodeConfig {
     pub start_limit: Duration,
     /// Root disk of a template that does not say, in MiB.
     pub default_disk_mb: u32,
+    /// Images of root file systems by the name under which templates may ask for them, before any other
+    /// place is looked at. Users name them; only the host's owner says what they are.
+    pub local_images: BTreeMap<String, PathBuf>,
     /// Version of the program.
     pub version: String,
     /// Directory whose file system is reported as the node's disk.
-    pub data_dir: std::path::PathBuf,
+    pub data_dir: PathBuf,
 }
 
 /// A machine that runs sandboxes and builds templates.

@@ -1,5 +1,7 @@
 //! `TemplateService` of the contract.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use nidus_proto::node::template_service_server::TemplateService;
@@ -23,9 +25,12 @@ fn build_id(text: &str) -> Result<BuildId, Status> {
 }
 
 /// Root file systems that can be made here.
-fn source(config: &TemplateConfig) -> Result<Source, Status> {
+fn source(config: &TemplateConfig, local: &BTreeMap<String, PathBuf>) -> Result<Source, Status> {
     match &config.source {
         Some(template_config::Source::FromImage(image)) => {
+            if let Some(path) = local.get(image) {
+                return Ok(Source::Image { path: path.clone() });
+            }
             let suite = match image.strip_prefix("debian:") {
                 Some(suite) => suite,
                 None if image == "debian" => "bookworm",
@@ -116,7 +121,7 @@ impl TemplateService for Templates {
             vcpu: size("vCpuCount", config.v_cpu_count, 1)?,
             memory_mb: size("memoryMB", config.memory_mb, 512)?,
             disk_mb: size("diskSizeMB", config.disk_size_mb, self.0.config.default_disk_mb)?,
-            source: source(&config)?,
+            source: source(&config, &self.0.config.local_images)?,
         };
         request.check().map_err(|e| Status::invalid_argument(e.to_string()))?;
         let exists = self.0.builds.stored(id).await.is_some() || self.0.builds.start(request).is_none();
@@ -185,5 +190,26 @@ impl TemplateService for Templates {
         _: Request<InitLayerFileUploadRequest>,
     ) -> Result<Response<InitLayerFileUploadResponse>, Status> {
         Err(Status::unimplemented("files of build steps are not supported yet"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from_image(image: &str) -> TemplateConfig {
+        let source = Some(template_config::Source::FromImage(image.into()));
+        TemplateConfig { source, ..TemplateConfig::default() }
+    }
+
+    #[test]
+    fn only_names_that_were_configured_are_files_of_the_host() {
+        let local = BTreeMap::from([("debian:bookworm".to_owned(), PathBuf::from("/images/b.ext4"))]);
+        let of = |image: &str| source(&from_image(image), &local);
+        assert_eq!(of("debian:bookworm").unwrap(), Source::Image { path: "/images/b.ext4".into() });
+        assert_eq!(of("debian:trixie").unwrap(), Source::Debian { suite: "trixie".into() });
+        for path in ["/images/b.ext4", "file:///images/b.ext4", "debian:bookworm/../b"] {
+            assert!(!matches!(of(path), Ok(Source::Image { .. })), "{path}");
+        }
     }
 }

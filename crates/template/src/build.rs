@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::boot::{ColdBoot, cold_boot};
-use crate::rootfs;
 use crate::{DiskError, TemplateMetadata, VmHost};
+use crate::{image, rootfs};
 
 /// How serious a log line is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,12 @@ pub enum Source {
     Debian {
         /// Name of the suite.
         suite: String,
+    },
+    /// A file of this host, as its owner configured it.
+    Image {
+        /// An ext4 image, at most as large as the template's disk, of a system with a user `user`
+        /// (see [`make_image`](crate::make_image)). envd is put into a copy of it.
+        path: PathBuf,
     },
 }
 
@@ -288,12 +294,19 @@ impl Builder {
         cancel: &CancellationToken,
     ) -> Result<(), BuildError> {
         let root = work.join("rootfs");
-        let Source::Debian { suite } = &request.source;
-        log.info("rootfs", format!("making Debian {suite} from packages"));
         let tool = |l: &str| {
             let level = if l.starts_with("I: ") { Level::Info } else { Level::Debug };
             log.at(level, "rootfs", l.trim_start_matches("I: "));
         };
+        let suite = match &request.source {
+            Source::Debian { suite } => suite,
+            Source::Image { path } => {
+                log.info("rootfs", format!("copying the image {}", path.display()));
+                let (to, envd) = (staged.path(Artifact::Rootfs), &self.config.envd);
+                return image::install(path, &to, envd, work, request.disk_mb, cancel, tool).await;
+            }
+        };
+        log.info("rootfs", format!("making Debian {suite} from packages"));
         rootfs::debian(suite, &root, cancel, tool).await?;
         let (tree, envd) = (root.clone(), self.config.envd.clone());
         blocking(move || rootfs::customise(&tree, &envd)).await?;

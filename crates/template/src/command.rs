@@ -17,10 +17,21 @@ const TAIL: usize = 15;
 /// [`BuildError::Tool`] with the last lines when it fails, [`BuildError::ToolMissing`] when it
 /// is not installed, [`BuildError::Cancelled`].
 pub async fn run(
+    command: Command,
+    package: &'static str,
+    cancel: &CancellationToken,
+    line: impl FnMut(&str),
+) -> Result<(), BuildError> {
+    run_and(command, package, cancel, line, |_| false).await
+}
+
+/// As [`run`], with further exit codes that are a success.
+pub async fn run_and(
     mut command: Command,
     package: &'static str,
     cancel: &CancellationToken,
     mut line: impl FnMut(&str),
+    also_good: impl Fn(i32) -> bool,
 ) -> Result<(), BuildError> {
     let program = command.as_std().get_program().to_string_lossy().into_owned();
     let fail = |source| BuildError::Io { action: format!("run {program}"), source };
@@ -57,7 +68,7 @@ pub async fn run(
         () = cancel.cancelled() => return Err(BuildError::Cancelled),
         s = child.wait() => s.map_err(fail)?,
     };
-    if status.success() {
+    if status.success() || status.code().is_some_and(also_good) {
         return Ok(());
     }
     let output = Vec::from(tail).join("\n");

@@ -50,7 +50,7 @@ enum Command {
 #[derive(Args, Clone, Copy, Debug)]
 struct Size {
     /// Memory in MiB; the host gives what is touched
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 6144)]
     memory: u32,
     /// Virtual processors
     #[arg(long, default_value_t = 2)]

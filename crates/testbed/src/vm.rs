@@ -174,7 +174,7 @@ fn arguments(
         .arg(image.kernel())
         .arg("-initrd")
         .arg(format!("/proc/self/fd/{initramfs}"))
-        .args(["-append", KERNEL_PARAMETERS, "-serial", "stdio"])
+        .args(["-append", &kernel_parameters(), "-serial", "stdio"])
         .arg("-drive")
         .arg(format!("file={},if=none,id=root,format=raw,snapshot=on,cache=unsafe", path(&image.disk())))
         .args(["-device", "virtio-blk-pci,drive=root", "-device", "virtio-serial-pci"])
@@ -191,6 +191,12 @@ fn arguments(
             ))
             .args(["-device", &format!("virtio-9p-pci,fsdev=share{i},mount_tag=share{i}")]);
     }
+}
+
+/// On a busy host the kernel cannot measure the emulated counter, and would hang without a word.
+fn kernel_parameters() -> String {
+    let frequency = nidus_vmm::qemu::tsc::khz().map(|khz| format!(" tsc_early_khz={khz}"));
+    format!("{KERNEL_PARAMETERS}{}", frequency.unwrap_or_default())
 }
 
 /// Passes files on under the same numbers.

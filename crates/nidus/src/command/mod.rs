@@ -1,6 +1,7 @@
 //! The commands beside `serve` and `doctor`.
 
 pub mod env;
+pub mod fetch;
 pub mod key;
 pub mod sandbox;
 pub mod template;

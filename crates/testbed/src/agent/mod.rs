@@ -60,6 +60,7 @@ pub fn run() -> Result<ExitCode> {
     let port = File::options().read(true).write(true).open(port).context("open the channel to the host")?;
     let channel: Channel = Arc::new(Mutex::new(port));
     setup::modules(|note| tell(&channel, Event::Note(note)))?;
+    setup::kvm_device()?;
     setup::network()?;
     setup::limits()?;
     for (i, share) in spec.shares.iter().enumerate() {

@@ -1,6 +1,8 @@
-//! Modules, network and limits of the machine.
+//! Modules, devices, network and limits of the machine.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +25,8 @@ const MODULES: &[&str] = &[
 ];
 /// Open files of a process.
 const OPEN_FILES: u64 = 1 << 20;
+/// A number that no group of the image has; it needs no name.
+const KVM_GROUP: u32 = 900;
 
 /// Loads [`MODULES`]. One that does not load is told, not fatal: a test that needs it will say so.
 pub fn modules(tell: impl FnOnce(String) -> Result<()>) -> Result<()> {
@@ -31,6 +35,17 @@ pub fn modules(tell: impl FnOnce(String) -> Result<()>) -> Result<()> {
         tell(format!("modprobe: {}", String::from_utf8_lossy(&out.stderr).trim()))?;
     }
     Ok(())
+}
+
+/// Access to /dev/kvm for a group, as udev has it; a daemon gives the group to its VMMs. A machine without
+/// the device is one in which KVM does not work, which the tests say better.
+pub fn kvm_device() -> Result<()> {
+    let path = Path::new("/dev/kvm");
+    if !path.exists() {
+        return Ok(());
+    }
+    chown(path, None, Some(KVM_GROUP)).context("set the group of /dev/kvm")?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).context("set the mode of /dev/kvm")
 }
 
 /// The loopback interface is all the network that there is.

@@ -1,6 +1,7 @@
 //! From the table to what the machine is told: programs built, paths shared.
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -11,7 +12,7 @@ use crate::protocol::{Job, Share, Spec};
 /// How a job's result is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A Rust test program: a result a test.
+    /// A Rust test program, or a command that tells its tests as one does: a result a test.
     TestProgram,
     /// Its exit code is the result.
     Command,
@@ -25,6 +26,8 @@ pub struct Plan {
     pub kinds: Vec<Kind>,
     /// Names of jobs that cannot run here, and why.
     pub skipped: Vec<(String, String)>,
+    /// Preparations that have been made, and what each is for.
+    prepared: Vec<(Vec<String>, PathBuf)>,
 }
 
 impl Plan {
@@ -60,11 +63,18 @@ impl Plan {
 
     fn add(&mut self, entry: &Entry, workspace: &Workspace) -> Result<()> {
         if let Some(command) = &entry.run {
-            let mut filled = Vec::new();
-            for word in command {
-                filled.push(self.fill(word, workspace)?);
+            let mut filled = self.fill_all(command, workspace)?;
+            if let Some(preparation) = &entry.prepare {
+                let preparation = self.fill_all(preparation, workspace)?;
+                let dir = self.prepare(preparation)?.display().to_string();
+                filled.iter_mut().for_each(|word| *word = word.replace("{prepared}", &dir));
             }
-            self.push(entry, entry.name.clone(), filled, Kind::Command);
+            let mut entry = entry.clone();
+            for value in entry.env.values_mut() {
+                *value = self.fill(value, workspace)?;
+            }
+            let kind = if entry.lines { Kind::TestProgram } else { Kind::Command };
+            self.push(&entry, entry.name.clone(), filled, kind);
             return Ok(());
         }
         let package = entry.package.as_deref().unwrap_or_default();
@@ -91,8 +101,34 @@ impl Plan {
     }
 
     fn push(&mut self, entry: &Entry, name: String, command: Vec<String>, kind: Kind) {
-        self.spec.jobs.push(Job { name, command, env: entry.env.clone(), timeout: entry.timeout });
+        self.spec.jobs.push(Job { name, command, env: entry.env.clone(), timeout: entry.timeout() });
         self.kinds.push(kind);
+    }
+
+    /// Runs a preparation on this host, once for all jobs that have it. Returns its directory.
+    fn prepare(&mut self, command: Vec<String>) -> Result<PathBuf> {
+        if let Some((_, dir)) = self.prepared.iter().find(|(other, _)| *other == command) {
+            return Ok(dir.clone());
+        }
+        let (program, arguments) = command.split_first().context("'prepare' is empty")?;
+        let out =
+            Command::new(program).args(arguments).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+        let out = out.with_context(|| format!("run {program}"))?;
+        if !out.status.success() {
+            bail!("{program} failed ({})", out.status);
+        }
+        let text = String::from_utf8_lossy(&out.stdout);
+        let dir = PathBuf::from(text.lines().last().unwrap_or_default());
+        if !dir.is_absolute() || !dir.is_dir() {
+            bail!("the last line of {program}'s output is no directory: {}", dir.display());
+        }
+        self.share(&dir);
+        self.prepared.push((command, dir.clone()));
+        Ok(dir)
+    }
+
+    fn fill_all(&mut self, words: &[String], workspace: &Workspace) -> Result<Vec<String>> {
+        words.iter().map(|word| self.fill(word, workspace)).collect()
     }
 
     /// Puts paths into a word of a command.
@@ -141,5 +177,24 @@ mod tests {
         let shared: Vec<_> = plan.spec.shares.iter().map(|s| s.guest.as_path()).collect();
         assert_eq!(shared, [Path::new("/w"), &dir.path().canonicalize().unwrap()]);
         assert_eq!(plan.skipped, [("a".into(), "no G here".into())]);
+    }
+
+    #[test]
+    fn a_preparation_is_made_once_and_its_directory_is_shared() {
+        let workspace = Workspace { root: "/w".into(), whole: false };
+        let dir = tempfile::tempdir().unwrap();
+        let script = format!("echo >>{0}/runs; echo talk; echo {0}", dir.path().display());
+        let extra =
+            format!("prepare = ['sh', '-c', '{script}']\nlines = true\nenv = {{ REPO = '{{repo}}/r' }}");
+        let mut entries = vec![entry(&extra), entry(&extra)];
+        entries.iter_mut().for_each(|e| e.run = Some(vec!["{prepared}/x".into()]));
+        let plan = Plan::new(entries, &workspace, |_| None).unwrap();
+        assert_eq!(plan.spec.jobs[1].command, [format!("{}/x", dir.path().display())]);
+        assert_eq!(plan.spec.jobs[0].env["REPO"], "/w/r");
+        assert_eq!(plan.kinds, [Kind::TestProgram, Kind::TestProgram]);
+        assert!(plan.spec.shares.iter().any(|s| s.guest == dir.path()));
+        assert_eq!(std::fs::read_to_string(dir.path().join("runs")).unwrap(), "\n");
+        let failing = entry("prepare = ['false']");
+        assert!(Plan::new(vec![failing], &workspace, |_| None).is_err());
     }
 }

@@ -5,7 +5,7 @@ pub mod args;
 mod devices;
 pub mod probe;
 pub mod qmp;
-mod tsc;
+pub mod tsc;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
