@@ -35,10 +35,10 @@ const MEMORY_MB: u32 = 128;
 /// The overlay of a disk as a socket on which NBD is spoken. Must be called on the runtime.
 fn disk(overlay: Arc<Overlay>) -> Result<Disk, Failed> {
     let (ours, theirs) = socket_pair()?;
-    let (reader, writer) = UnixStream::from_std(ours)?.into_split();
+    let stream = UnixStream::from_std(ours)?;
     // It ends with the VMM.
     tokio::spawn(async move {
-        let _ = serve(reader, writer, &Export::new("root", overlay), &CancellationToken::new()).await;
+        let _ = serve(stream, &Export::new("root", overlay), &CancellationToken::new()).await;
     });
     Ok(Disk::Nbd(theirs))
 }

@@ -1,4 +1,5 @@
-//! The output of Rust's test programs, line by line.
+//! The output of Rust's test programs, line by line: those of the standard harness, and of
+//! libtest-mimic, which writes the names in a column.
 
 use super::report::Outcome;
 
@@ -23,7 +24,7 @@ impl Lines {
 pub fn outcome(line: &str) -> Option<(&str, Outcome)> {
     let (name, result) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
     // `#[should_panic]` tests are marked so.
-    let name = name.strip_suffix(" - should panic").unwrap_or(name);
+    let name = name.strip_suffix(" - should panic").unwrap_or(name).trim_end();
     let outcome = match result {
         "ok" => Outcome::Passed,
         "FAILED" => Outcome::Failed("it failed".into()),
@@ -51,6 +52,7 @@ mod tests {
     fn outcomes_are_told_from_other_lines() {
         assert_eq!(outcome("test a::b ... ok"), Some(("a::b", Outcome::Passed)));
         assert!(matches!(outcome("test a ... FAILED"), Some(("a", Outcome::Failed(_)))));
+        assert_eq!(outcome("test a   ... ok"), Some(("a", Outcome::Passed)));
         assert_eq!(outcome("test a - should panic ... ok"), Some(("a", Outcome::Passed)));
         assert_eq!(
             outcome("test a ... ignored, needs a moon"),
