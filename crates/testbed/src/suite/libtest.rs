@@ -30,7 +30,9 @@ pub fn outcome(line: &str) -> Option<(&str, Outcome)> {
         "FAILED" => Outcome::Failed("it failed".into()),
         ignored => {
             let reason = ignored.strip_prefix("ignored")?;
-            Outcome::Skipped(reason.strip_prefix(", ").unwrap_or("ignored").to_owned())
+            // libtest-mimic puts it in brackets, and aligns the results.
+            let bracketed = || reason.strip_prefix(" (")?.strip_suffix(')');
+            Outcome::Skipped(reason.strip_prefix(", ").or_else(bracketed).unwrap_or("ignored").to_owned())
         }
     };
     Some((name, outcome))
@@ -57,6 +59,10 @@ mod tests {
         assert_eq!(
             outcome("test a ... ignored, needs a moon"),
             Some(("a", Outcome::Skipped("needs a moon".into())))
+        );
+        assert_eq!(
+            outcome("test a   ... ignored (no moon (yet))"),
+            Some(("a", Outcome::Skipped("no moon (yet)".into())))
         );
         assert_eq!(outcome("test result: ok. 3 passed; 0 failed"), None);
         assert_eq!(outcome("running 3 tests"), None);
