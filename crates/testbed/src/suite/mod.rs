@@ -40,7 +40,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
     /// Seconds for the whole run, from the machine's start
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 1800)]
     timeout: u64,
     /// Build the tests of the whole workspace at once, as 'make unit' does
     #[arg(long)]
