@@ -14,7 +14,7 @@ use nidus_storage::{BuildId, LocalStore};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::Vmm;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, RwLock};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -67,6 +67,8 @@ struct Inner {
     network: Arc<Pool>,
     templates: tokio::sync::Mutex<HashMap<BuildId, Arc<OpenTemplate>>>,
     warm: WarmSet,
+    /// Held shared while a build is published that reads others, exclusively while one is removed.
+    removals: Arc<RwLock<()>>,
     wake: Notify,
     stop: CancellationToken,
 }
@@ -95,6 +97,7 @@ impl Factory {
             network,
             templates: Default::default(),
             warm: WarmSet::default(),
+            removals: Arc::default(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         });
@@ -125,6 +128,10 @@ impl Factory {
     pub async fn forget(&self, build: BuildId) {
         self.inner.templates.lock().await.remove(&build);
         self.inner.destroy_all(self.inner.warm.forget(build)).await;
+    }
+
+    pub(crate) fn removals(&self) -> &RwLock<()> {
+        &self.inner.removals
     }
 
     /// Counters of the warm set.
@@ -316,6 +323,10 @@ impl Sandbox {
 
     pub(crate) fn store(&self) -> &LocalStore {
         &self.inner.store
+    }
+
+    pub(crate) fn removals(&self) -> Arc<RwLock<()>> {
+        self.inner.removals.clone()
     }
 
     /// Lets the guest run and tells its envd who it is: time, entropy, token, environment.
