@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nidus_proto::node::template_service_server::TemplateService;
 use nidus_proto::node::*;
+use nidus_sandbox::RemoveError;
 use nidus_storage::{BuildId, StorageError};
 use nidus_template::{BuildLog, BuildRequest, Level, Source, TemplateMetadata};
 use tonic::{Request, Response, Status};
@@ -168,19 +169,10 @@ impl TemplateService for Templates {
     ) -> Result<Response<()>, Status> {
         let id = build_id(&request.into_inner().build_id)?;
         self.0.builds.end(id).await;
-        let store = self.0.factory.store();
-        let users =
-            nidus_sandbox::builds_that_read(store, id).await.map_err(|e| Status::internal(e.to_string()))?;
-        if let Some(user) = users.first() {
-            return Err(Status::failed_precondition(format!(
-                "build {id} cannot be deleted: {} paused sandboxes need it, {user} among them",
-                users.len()
-            )));
-        }
-        self.0.factory.forget(id).await;
-        store.remove(id).await.map_err(|e| match e {
-            StorageError::NotFound(_) => Status::not_found(e.to_string()),
-            e => Status::internal(e.to_string()),
+        self.0.factory.remove(id).await.map_err(|e| match e {
+            RemoveError::InUse { .. } => Status::failed_precondition(e.to_string()),
+            RemoveError::Storage(StorageError::NotFound(_)) => Status::not_found(e.to_string()),
+            RemoveError::Storage(_) => Status::internal(e.to_string()),
         })?;
         Ok(Response::new(()))
     }

@@ -12,7 +12,7 @@ use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
 use nidus_storage::{BuildId, LocalStore};
 use nidus_template::{TemplateMetadata, VmHost};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, RwLock};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -62,6 +62,8 @@ struct Inner {
     host: Arc<VmHost>,
     templates: tokio::sync::Mutex<HashMap<BuildId, Arc<OpenTemplate>>>,
     warm: WarmSet,
+    /// Held shared while a build is published that reads others, exclusively while one is removed.
+    removals: Arc<RwLock<()>>,
     wake: Notify,
     stop: CancellationToken,
 }
@@ -88,6 +90,7 @@ impl Factory {
             host,
             templates: Default::default(),
             warm: WarmSet::default(),
+            removals: Arc::default(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         });
@@ -118,6 +121,10 @@ impl Factory {
     pub async fn forget(&self, build: BuildId) {
         self.inner.templates.lock().await.remove(&build);
         self.inner.destroy_all(self.inner.warm.forget(build)).await;
+    }
+
+    pub(crate) fn removals(&self) -> &RwLock<()> {
+        &self.inner.removals
     }
 
     /// Counters of the warm set.
@@ -307,6 +314,10 @@ impl Sandbox {
 
     pub(crate) fn store(&self) -> &LocalStore {
         &self.inner.store
+    }
+
+    pub(crate) fn removals(&self) -> Arc<RwLock<()>> {
+        self.inner.removals.clone()
     }
 
     /// Lets the guest run and tells its envd who it is: time, entropy, token, environment.

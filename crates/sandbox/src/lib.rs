@@ -24,7 +24,7 @@ mod warm;
 
 pub use error::{CreateError, KillError};
 pub use factory::{Factory, FactoryConfig, Sandbox, SandboxSpec};
-pub use lineage::builds_that_read;
+pub use lineage::RemoveError;
 pub use pages::BuildPages;
 pub use pause::{Lineage, PauseError, PauseSpec, Paused};
 pub use served::MemoryError;

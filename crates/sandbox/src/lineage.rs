@@ -3,9 +3,42 @@
 use nidus_block::header::Header;
 use nidus_storage::{Artifact, BuildId, LocalStore, StorageError};
 
+use crate::Factory;
+
+/// Why a build was not removed.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// Paused sandboxes could not be resumed without it.
+    #[error("build {build} cannot be deleted: {} paused sandboxes need it, {user} among them", count)]
+    InUse {
+        /// The build.
+        build: BuildId,
+        /// One that reads it.
+        user: BuildId,
+        /// How many do.
+        count: usize,
+    },
+    /// The store.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+impl Factory {
+    /// Removes a published build and its warm machines, unless other builds read its files.
+    pub async fn remove(&self, build: BuildId) -> Result<(), RemoveError> {
+        let _alone = self.removals().write().await;
+        let users = builds_that_read(self.store(), build).await?;
+        if let Some(user) = users.first() {
+            return Err(RemoveError::InUse { build, user: *user, count: users.len() });
+        }
+        self.forget(build).await;
+        Ok(self.store().remove(build).await?)
+    }
+}
+
 /// The published builds, other than itself, whose headers name `build`: without its files they
 /// could not be resumed.
-pub async fn builds_that_read(store: &LocalStore, build: BuildId) -> Result<Vec<BuildId>, StorageError> {
+async fn builds_that_read(store: &LocalStore, build: BuildId) -> Result<Vec<BuildId>, StorageError> {
     let others: Vec<BuildId> = store.list().await?.into_iter().filter(|b| *b != build).collect();
     let store = store.clone();
     let find = move || others.into_iter().filter(|other| reads(&store, *other, build)).collect();

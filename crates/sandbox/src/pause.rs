@@ -15,12 +15,11 @@ use nidus_block::header::HeaderError;
 use nidus_block::{BlockError, DiffWriter, DirtyBlocks, MappedDevice, ReadDevice};
 use nidus_memory::pagemap::written_ranges;
 use nidus_memory::{MemfileError, PagemapError, PatchError, ProcessMemory};
-use nidus_storage::{Artifact, BuildId, LocalStore, StagedBuild, StorageError};
+use nidus_storage::{Artifact, BuildId, StagedBuild, StorageError};
 use nidus_template::{DiskError, TemplateMetadata};
 use nidus_vmm::{MemoryDoor, MemorySaved, SaveMemory, SnapshotFiles, VmmError};
 
 use crate::factory::Sandbox;
-use crate::machine::Machine;
 use crate::pages::{PIECE, base_memfile};
 
 /// The build that a pause makes.
@@ -138,12 +137,10 @@ impl Sandbox {
     /// to [`kill`](Sandbox::kill); on an error it runs on (see [`PauseError::runs_on`]).
     pub async fn pause(&mut self, spec: &PauseSpec) -> Result<Paused, PauseError> {
         // Before the guest stands still: this fails early on a build that is there already.
-        let builds = self.store().clone();
-        let staged = builds.stage(spec.build_id).await?;
-        let machine = self.machine();
+        let staged = self.store().stage(spec.build_id).await?;
         let began = Instant::now();
-        let saved = match machine.vm().pause().await {
-            Ok(()) => store(machine, &builds, spec, staged, began).await,
+        let saved = match self.machine().vm().pause().await {
+            Ok(()) => store(self, spec, staged, began).await,
             Err(e) => Err(e.into()),
         };
         match saved {
@@ -158,12 +155,13 @@ impl Sandbox {
 
 /// Everything while the guest stands still. What was staged goes with an error.
 async fn store(
-    machine: &mut Machine,
-    builds: &LocalStore,
+    sandbox: &mut Sandbox,
     spec: &PauseSpec,
     staged: StagedBuild,
     began: Instant,
 ) -> Result<Paused, PauseError> {
+    let (builds, removals) = (sandbox.store().clone(), sandbox.removals());
+    let machine = sandbox.machine();
     let template = machine.template().clone();
     let new = |artifact| new_file(staged.path(artifact));
     let (snapfile, memfile, rootfs) =
@@ -207,6 +205,8 @@ async fn store(
     };
     let (memory_builds, disk_builds) = (Lineage::of(&memory.header), Lineage::of(&disk.header));
     let below = memory_builds.builds.iter().chain(&disk_builds.builds).map(|(b, _)| *b);
+    // From here until the build is there, so that it is among those that are asked for.
+    let _no_removal = removals.read().await;
     for needed in below.chain([memory_builds.base]).filter(|b| *b != spec.build_id) {
         // A template may be deleted while its sandboxes run.
         if !builds.exists(needed).await? {
