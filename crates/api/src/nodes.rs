@@ -22,8 +22,15 @@ const LABELS_KEPT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub struct Nodes {
     channel: Channel,
-    /// VMMs of the node and when it said so.
-    vmms: Arc<Mutex<Option<(Instant, Vec<String>)>>>,
+    said: Arc<Mutex<Option<Said>>>,
+}
+
+/// What the node said of itself.
+#[derive(Debug, Clone)]
+struct Said {
+    at: Instant,
+    /// Whose snapshots it loads.
+    vmms: Vec<String>,
 }
 
 impl Nodes {
@@ -37,7 +44,7 @@ impl Nodes {
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(20));
-        Ok(Self { channel: endpoint.connect_lazy(), vmms: Default::default() })
+        Ok(Self { channel: endpoint.connect_lazy(), said: Default::default() })
     }
 
     pub(crate) fn sandboxes(&self) -> SandboxServiceClient<Channel> {
@@ -72,16 +79,14 @@ impl Nodes {
     }
 
     async fn vmms(&self) -> Result<Vec<String>, ApiError> {
-        let kept = self.vmms.lock().clone();
-        if let Some((at, vmms)) = kept
-            && at.elapsed() < LABELS_KEPT
-        {
-            return Ok(vmms);
+        let said = self.said.lock().clone();
+        if let Some(said) = said.filter(|s| s.at.elapsed() < LABELS_KEPT) {
+            return Ok(said.vmms);
         }
         let info = InfoServiceClient::new(self.channel.clone()).service_info(()).await?.into_inner();
         let vmms: Vec<String> =
             info.labels.iter().filter_map(|l| l.strip_prefix(VMM_LABEL)).map(str::to_owned).collect();
-        *self.vmms.lock() = Some((Instant::now(), vmms.clone()));
+        *self.said.lock() = Some(Said { at: Instant::now(), vmms: vmms.clone() });
         Ok(vmms)
     }
 
