@@ -27,10 +27,12 @@ done
 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$repo/conformance" "$venv/bin/python" "$repo/scripts/bench.py" "$@"
 
 [ "$crates" = yes ] || exit 0
-for benches in "$repo"/crates/*/benches; do
-    [ -d "$benches" ] || continue
-    package=$(sed -n 's/^name *= *"\(.*\)"/\1/p' "$(dirname "$benches")/Cargo.toml" | head -n1)
-    echo
-    echo "benches of $package"
-    (cd "$repo" && cargo bench --quiet --package "$package" --benches)
+# Of the whole workspace, so that nothing is compiled again with fewer features.
+names=""
+for bench in "$repo"/crates/*/benches/*; do
+    [ -e "$bench" ] || continue
+    name=$(basename "$bench" .rs)
+    names="$names --bench $name"
 done
+# shellcheck disable=SC2086 # one argument per word
+(cd "$repo" && cargo bench --quiet --workspace $names)

@@ -51,6 +51,9 @@ pub struct Config {
     pub first_pause: Duration,
     /// How long a fault may wait for its page before the handler gives up.
     pub fault_deadline: Duration,
+    /// How long a reader looks for the next fault before it sleeps: faults come in bursts, and to wake a
+    /// sleeping processor can take longer than to answer one.
+    pub awake: Duration,
     /// Pages that are recorded, at most.
     pub recorded: usize,
 }
@@ -66,6 +69,7 @@ impl Default for Config {
             attempt_limit: Duration::from_secs(10),
             first_pause: Duration::from_millis(10),
             fault_deadline: Duration::from_secs(30),
+            awake: Duration::from_micros(100),
             recorded: 1 << 16,
         }
     }

@@ -42,6 +42,8 @@ pub(super) struct Reader {
     buffer: Box<[u8]>,
     /// How often in a row something was put off.
     put_off: u32,
+    /// Until then it looks for events again and again instead of sleeping.
+    awake_until: Option<Instant>,
 }
 
 /// What `wait` found.
@@ -73,7 +75,7 @@ impl Reader {
         }
         let around = vm.config.around.max(1) * crate::PageSize::Small.bytes() as usize;
         let buffer = vec![0; around.max(vm.page)].into();
-        Ok(Self { vm, epoll, events: vec![0; BATCH * EVENT_LEN].into(), buffer, put_off: 0 })
+        Ok(Self { vm, epoll, events: vec![0; BATCH * EVENT_LEN].into(), buffer, put_off: 0, awake_until: None })
     }
 
     /// Serves the VM until it ends.
@@ -98,12 +100,17 @@ impl Reader {
             Some(Duration::ZERO)
         } else if self.vm.put_off_count.load(Ordering::Acquire) > 0 {
             Some(pause_after(self.put_off))
+        } else if self.awake_until.is_some_and(|until| Instant::now() < until) {
+            // Whoever faulted may be waiting for this very processor.
+            std::thread::yield_now();
+            Some(Duration::ZERO)
         } else {
             None
         };
         let ready = self.wait(limit)?;
         if ready.memory {
             self.serve_events()?;
+            self.awake_until = Instant::now().checked_add(self.vm.config.awake);
         }
         if ready.bell {
             self.drain_bell();
