@@ -75,7 +75,14 @@ impl Reader {
         }
         let around = vm.config.around.max(1) * crate::PageSize::Small.bytes() as usize;
         let buffer = vec![0; around.max(vm.page)].into();
-        Ok(Self { vm, epoll, events: vec![0; BATCH * EVENT_LEN].into(), buffer, put_off: 0, awake_until: None })
+        Ok(Self {
+            vm,
+            epoll,
+            events: vec![0; BATCH * EVENT_LEN].into(),
+            buffer,
+            put_off: 0,
+            awake_until: None,
+        })
     }
 
     /// Serves the VM until it ends.
