@@ -148,8 +148,8 @@ async def test_h2c_many_requests_on_one_connection(served, sandbox_url):
     async with httpx.AsyncClient(base_url=sandbox_url, headers=headers, timeout=60, http1=False, http2=True) as client:
         first = await client.get("/hello")
         answers = await asyncio.gather(*(client.get(f"/bytes?n={n}") for n in range(1000, 1012)))
+        connections = {a.extensions["network_stream"].get_extra_info("client_addr") for a in (first, *answers)}
     assert [len(answer.content) for answer in answers] == list(range(1000, 1012))
-    connections = {a.extensions["network_stream"].get_extra_info("client_addr") for a in (first, *answers)}
     assert len(connections) == 1, connections
 
 
