@@ -103,8 +103,8 @@ impl FirecrackerVm {
         };
         let result = self.running.step("loading the state", STEP_LIMIT, work).await;
         drop(listener);
-        self.jail.remove(place::UFFD)?;
-        result
+        let removed = self.jail.remove(place::UFFD);
+        result.and(removed)
     }
 
     /// Has the process write a snapshot; its state is in the returned file then.
@@ -117,8 +117,8 @@ impl FirecrackerVm {
             snapshot_type: Some(kind),
         };
         let result = self.running.step("saving the state", limit, self.api.send(&call)).await;
-        self.jail.remove(place::STATE)?;
-        result.map(|()| state)
+        let removed = self.jail.remove(place::STATE);
+        result.and(removed).map(|()| state)
     }
 }
 
@@ -204,8 +204,8 @@ impl Vm for FirecrackerVm {
             Some(Memory::Served(server)) => self.load_served(&load, server).await,
             _ => self.call("loading the state", &load).await,
         };
-        self.jail.remove(place::STATE)?;
-        result
+        let removed = self.jail.remove(place::STATE);
+        result.and(removed)
     }
 
     async fn resume(&mut self) -> Result<()> {
