@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BUILT := target/x86_64-unknown-linux-gnu/release
 
-.PHONY: help setup build demo test lint unit testbed conformance bench clean
+.PHONY: help setup build demo test lint unit testbed testbed-crates conformance bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,13 +26,16 @@ lint: ## formatting and clippy, warnings are errors
 unit: ## the crates' own tests
 	cargo test --release --workspace
 
-testbed: build ## tests that need KVM and kernel NBD, in an emulated machine
+testbed: build ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
 	$(BUILT)/testbed test --workspace --junit target/testbed.xml
+
+testbed-crates: build ## those of the crates alone
+	$(BUILT)/testbed test --workspace --only kvm --only nbd --only memory --only vmm --only firecracker
 
 conformance: build ## the official SDKs and a daemon under stress, on real VMs
 	@conformance/run.sh
 
-test: setup lint unit testbed conformance ## set up, then all tests
+test: setup lint unit testbed-crates conformance ## set up, then all tests
 
 bench: build ## measure, and write docs/performance.md
 	@scripts/bench.sh
