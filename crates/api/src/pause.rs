@@ -10,11 +10,10 @@ use std::sync::{Arc, Weak};
 
 use axum::Json;
 use axum::extract::{Path, State};
-use chrono::{TimeDelta, Utc};
+use chrono::TimeDelta;
 use http::StatusCode;
 use nidus_proto::node::{
-    RunningSandbox, SandboxCreateRequest, SandboxDeleteRequest, SandboxPauseRequest,
-    TemplateBuildDeleteRequest,
+    RunningSandbox, SandboxDeleteRequest, SandboxPauseRequest, TemplateBuildDeleteRequest,
 };
 use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
@@ -147,17 +146,7 @@ impl Api {
         let mut config = paused.config;
         config.execution_id = Uuid::new_v4().to_string();
         config.auto_pause = auto_pause.unwrap_or(config.auto_pause);
-        let now = Utc::now();
-        let request = SandboxCreateRequest {
-            sandbox: Some(config.clone()),
-            start_time: Some(timestamp(now)),
-            end_time: Some(timestamp(now + length)),
-            filesystem_boot: None,
-        };
-        let made = self.nodes.sandboxes().create(request).await?.into_inner();
-        let running =
-            RunningSandbox { config: Some(config), client_id: made.client_id, ..Default::default() };
-        Ok(self.answer(&running))
+        self.start_sandbox(config, length).await
     }
 
     /// Ends it if it runs, and deletes its pauses.

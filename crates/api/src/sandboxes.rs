@@ -158,7 +158,6 @@ impl Api {
         }
         let (template, build) = self.usable(&team.id, &new.template_id).await?;
         self.nodes.check_runs(&build.vmm_version).await?;
-        let now = Utc::now();
         let network = network(new.network)?;
         let config = SandboxConfig {
             template_id: template.id.clone(),
@@ -183,6 +182,21 @@ impl Api {
             network,
             ..SandboxConfig::default()
         };
+        let made = self.start_sandbox(config, length).await?;
+        if let Err(e) = self.store.count_spawn(&template.id).await {
+            // The sandbox runs; a statistic is no reason to fail it.
+            tracing::warn!("{e}");
+        }
+        Ok(made)
+    }
+
+    /// Has the node create or resume what `config` says, for this long from now.
+    pub(crate) async fn start_sandbox(
+        &self,
+        config: SandboxConfig,
+        length: TimeDelta,
+    ) -> Result<Sandbox, ApiError> {
+        let now = Utc::now();
         let request = SandboxCreateRequest {
             sandbox: Some(config.clone()),
             start_time: Some(timestamp(now)),
@@ -190,10 +204,6 @@ impl Api {
             filesystem_boot: None,
         };
         let made = self.nodes.sandboxes().create(request).await?.into_inner();
-        if let Err(e) = self.store.count_spawn(&template.id).await {
-            // The sandbox runs; a statistic is no reason to fail it.
-            tracing::warn!("{e}");
-        }
         let running =
             RunningSandbox { config: Some(config), client_id: made.client_id, ..Default::default() };
         Ok(self.answer(&running))

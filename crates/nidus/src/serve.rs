@@ -164,7 +164,8 @@ impl Parts {
         let kernel = nidus_template::ensure_kernel(&build.kernels, stop, |l| tracing::info!("{l}")).await?;
         let cgroups = CgroupRoot::new(&range.name('-'))?;
         let probes = Probes { config, kernel: &kernel, guest_init: &guest_init };
-        let (vmm, reason) = driver::choose(&probes, cgroups.clone()).await?;
+        let (vmm, reason) =
+            driver::choose(&probes, cgroups.clone()).await.inspect_err(|_| cgroups.remove())?;
         let id = vmm.id();
         if id.accel == "tcg" {
             tracing::warn!("{reason}; guests run on {id}, some ten times slower than with hardware");
@@ -175,10 +176,11 @@ impl Parts {
             envd: build.envd.clone(),
             guest_init: guest_init.clone(),
             kernel: kernel.version.clone(),
-            vmm: vmm.id().to_string(),
+            vmm: id.to_string(),
         };
         let tap = nidus_template::tap_mode(&vmm.needs(), config.uid_base);
-        let network = Arc::new(Pool::start(network_of(&range, tap), config.slots).await?);
+        let network = Pool::start(network_of(&range, tap), config.slots).await;
+        let network = Arc::new(network.inspect_err(|_| cgroups.remove())?);
         let overlays = run.0.join("overlays");
         let factory = FactoryConfig { overlays, warm: config.warm, envd_limit: ENVD_LIMIT };
         let started = async {
