@@ -113,8 +113,9 @@ impl OpenTemplate {
         }
         let open = || async {
             let path = self.memfile.clone();
+            let pages = if self.metadata.huge_pages { PageSize::Huge } else { PageSize::Small };
             let opened = tokio::task::spawn_blocking(move || {
-                let memfile = Memfile::open(path, PageSize::Small, None).map_err(std::io::Error::other)?;
+                let memfile = Memfile::open(path, pages, None).map_err(std::io::Error::other)?;
                 MappedMemfile::open(&memfile)
             });
             let opened = opened.await.unwrap_or_else(|e| Err(std::io::Error::other(e)));
