@@ -172,7 +172,9 @@ async fn store(
     // The driver writes what changed to a file of its own, from where it is compared.
     let diff = if served { Some(scratch(staged.dir())?) } else { None };
     let memory = match &diff {
-        Some(file) => SaveMemory::Diff(file.as_file().try_clone().map_err(|e| PauseError::io("pass a file on", e))?),
+        Some(file) => {
+            SaveMemory::Diff(file.as_file().try_clone().map_err(|e| PauseError::io("pass a file on", e))?)
+        }
         None => SaveMemory::Stay,
     };
     let saved = machine.vm().snapshot(SnapshotFiles { state: snapfile, memory }).await?;
@@ -276,7 +278,9 @@ impl Work {
             }
             Written::To(file, ranges) => {
                 let read = |at, buf: &mut [u8]| {
-                    file.as_file().read_exact_at(buf, at).map_err(|e| PauseError::io("read what the VMM saved", e))
+                    file.as_file()
+                        .read_exact_at(buf, at)
+                        .map_err(|e| PauseError::io("read what the VMM saved", e))
                 };
                 copy(ranges.iter().cloned(), read, &mut memory)?;
             }

@@ -139,14 +139,7 @@ mod tests {
     use super::*;
 
     fn text(shared: bool) -> String {
-        let m = Machine {
-            name: "x",
-            vcpus: 1,
-            memory_mb: 256,
-            shared,
-            mac: "02:FC:00:00:00:05",
-            boot: None,
-        };
+        let m = Machine { name: "x", vcpus: 1, memory_mb: 256, shared, mac: "02:FC:00:00:00:05", boot: None };
         let fds = Fds { memory: 3, disk: 4, tap: 5, qmp: 6, serial: None, kvm: None };
         let args = arguments(&m, fds);
         args.iter().map(|a| a.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
