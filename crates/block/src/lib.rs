@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod bitmap;
+mod checked;
 mod device;
 mod diff;
 mod file;

@@ -1,9 +1,11 @@
 //! Why a sandbox could not be made or ended.
 
+use nidus_block::BlockError;
 use nidus_storage::BuildId;
 use nidus_template::{DiskError, MetadataError};
 use nidus_vmm::VmmError;
 
+use crate::PauseError;
 use crate::served::MemoryError;
 
 /// Why [`crate::Factory::create`] failed. Whatever had been acquired is released.
@@ -49,13 +51,13 @@ pub enum CreateError {
     Network(#[from] nidus_network::NetworkError),
     /// The disk.
     #[error(transparent)]
-    Block(#[from] nidus_block::BlockError),
+    Block(#[from] BlockError),
     /// Storage.
     #[error(transparent)]
     Storage(#[from] nidus_storage::StorageError),
     /// The memory of a paused sandbox.
     #[error("the memory of a paused sandbox cannot be put in place: {0}")]
-    Restore(#[from] crate::PauseError),
+    Restore(#[from] PauseError),
     /// A file operation.
     #[error("Cannot {action}: {source}")]
     Io {
@@ -67,6 +69,16 @@ pub enum CreateError {
 }
 
 impl CreateError {
+    /// Whether an artifact is not what was published: another attempt will not help.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } => true,
+            Self::Storage(e) | Self::Block(BlockError::Storage(e)) => e.is_damage(),
+            Self::Restore(PauseError::Block(BlockError::Storage(e))) => e.is_damage(),
+            _ => false,
+        }
+    }
+
     /// A [`CreateError::Io`] with what was being done.
     pub fn io(action: impl Into<String>, source: std::io::Error) -> Self {
         Self::Io { action: action.into(), source }

@@ -257,10 +257,11 @@ async fn refill(inner: Arc<Inner>) {
                 pause = Duration::ZERO;
                 inner.destroy_all(inner.warm.put(build, m).into_iter().collect()).await;
             }
-            Err(
-                CreateError::TemplateNotFound(_) | CreateError::Template(_) | CreateError::Damaged { .. },
-            ) => {
-                tracing::warn!(%build, "this build cannot be kept warm");
+            Err(e)
+                if e.is_damage()
+                    || matches!(e, CreateError::TemplateNotFound(_) | CreateError::Template(_)) =>
+            {
+                tracing::warn!(%build, "this build cannot be kept warm: {e}");
                 inner.destroy_all(inner.warm.forget(build)).await;
             }
             Err(e) => {

@@ -79,10 +79,11 @@ impl Machine {
         disk: Disk,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>), CreateError> {
         let (host, m) = (parts.host, &template.metadata);
+        let snapfile = template.open_snapfile().await?;
         let (memory, serving) = match host.vmm.needs().memory {
             MemoryDoor::Memfile => (Memory::Private(template.open_memfile()?), None),
             MemoryDoor::Own => {
-                let source = template.page_source().await?;
+                let source = template.page_source();
                 let (sender, connection) = oneshot::channel();
                 (Memory::Served(sender), Some(served::serve(connection, source)))
             }
@@ -106,7 +107,7 @@ impl Machine {
         if serving.is_none() {
             template.restore_memory(vm.pid()).await?;
         }
-        if let Err(e) = vm.load(template.open_snapfile()?).await {
+        if let Err(e) = vm.load(snapfile).await {
             return Err(not_loaded(vm, serving, e).await);
         }
         let memory = match serving {

@@ -87,8 +87,10 @@ pub fn patch(pid: u32, memfile: &Memfile, memory: &MappedDevice) -> Result<u64, 
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use nidus_block::header::{Header, Mapping};
-    use nidus_storage::BuildId;
+    use nidus_storage::{Artifact, BuildId, LocalStore};
 
     use super::*;
 
@@ -97,17 +99,22 @@ mod tests {
     #[tokio::test]
     async fn pages_come_from_the_builds_that_have_them() {
         let dir = tempfile::TempDir::new().unwrap();
+        let store = LocalStore::open(dir.path()).unwrap();
         let (base, child) = (BuildId::random(), BuildId::random());
         // The base: ones, zeros, ones, ones. Its child stores page 2 and zeroes page 3.
         let page = |byte: u8| vec![byte; PAGE as usize];
-        let bytes = [page(1), page(0), page(1), page(1)].concat();
-        std::fs::write(dir.path().join(base.to_string()), bytes).unwrap();
-        std::fs::write(dir.path().join(child.to_string()), page(7)).unwrap();
+        for (build, bytes) in [(base, [page(1), page(0), page(1), page(1)].concat()), (child, page(7))] {
+            let staged = store.stage(build).await.unwrap();
+            staged.write(Artifact::Memfile, bytes).await.unwrap();
+            staged.write(Artifact::Metadata, "{}").await.unwrap();
+            staged.commit().await.unwrap();
+        }
         let stored = Mapping { offset: 2 * PAGE, len: PAGE, build: child, build_offset: 0 };
         let zeroed = Mapping { offset: 3 * PAGE, len: PAGE, build: BuildId::NIL, build_offset: 0 };
         let header = Header::identity(base, 4 * PAGE, PAGE).unwrap().child(child, &[stored, zeroed]).unwrap();
-        let path = dir.path().to_owned();
-        let device = MappedDevice::open(header, move |b| path.join(b.to_string())).await.unwrap();
+        let path = store.path(child, Artifact::Memfile);
+        let device = MappedDevice::open(header, move |b| store.open_artifact(b, Artifact::Memfile));
+        let device = device.await.unwrap();
         let source = BuildPages(Arc::new(device));
         assert_eq!(source.size(), 4 * PAGE);
         let mut buffer = page(9);
@@ -127,13 +134,10 @@ mod tests {
         }
         let mut two = vec![0; 2 * PAGE as usize];
         assert!(matches!(source.cached(0, two.len(), &mut two), Cached::Miss), "a zero page among two");
-        std::fs::File::options()
-            .write(true)
-            .open(dir.path().join(child.to_string()))
-            .unwrap()
-            .set_len(10)
-            .unwrap();
+        std::fs::File::options().write(true).open(path).unwrap().write_at(&[8], 77).unwrap();
         assert!(matches!(source.cached(2 * PAGE, PAGE as usize, &mut buffer), Cached::Miss));
-        assert!(matches!(source.fetch(2 * PAGE, PAGE as usize).await, Err(SourceError::Permanent(_))));
+        let error = source.fetch(2 * PAGE, PAGE as usize).await.unwrap_err();
+        assert!(matches!(error, SourceError::Permanent(_)), "{error}");
+        assert!(error.to_string().contains("memfile") && error.to_string().contains(&child.to_string()));
     }
 }

@@ -5,17 +5,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use nidus_block::header::Header;
-use nidus_block::{FileDevice, MappedDevice, ReadDevice};
-use nidus_memory::uffd::{MappedMemfile, PageSource, Recording};
-use nidus_memory::{Memfile, PageSize};
-use nidus_storage::{Artifact, BuildId, LocalStore};
+use nidus_block::{MappedDevice, ReadDevice};
+use nidus_memory::uffd::{PageSource, Recording};
+use nidus_storage::{Artifact, BuildId, LocalStore, StorageError};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::DriverId;
 
-use tokio::sync::OnceCell;
-
 use crate::pages::BuildPages;
-use crate::served::MemoryError;
 use crate::{CreateError, pages};
 
 /// A build's metadata and open root disk; memfile and snapfile are opened anew for each VM, so
@@ -31,9 +27,7 @@ pub struct OpenTemplate {
     pub(crate) memory: Arc<MappedDevice>,
     /// The memory file of the build that the line of pauses began with: it is whole.
     memfile: PathBuf,
-    snapfile: PathBuf,
-    /// The memory for VMMs that have it served, mapped once for all.
-    pages: OnceCell<Arc<dyn PageSource>>,
+    store: LocalStore,
     /// What the first sandbox needed of it until envd answered.
     recording: OnceLock<Recording>,
 }
@@ -44,26 +38,16 @@ impl OpenTemplate {
         if !store.exists(build).await? {
             return Err(CreateError::TemplateNotFound(build));
         }
-        let path = |a| store.path(build, a);
-        let file = path(Artifact::Metadata);
-        let text = tokio::fs::read(&file)
-            .await
-            .map_err(|e| CreateError::io(format!("read {}", file.display()), e))?;
-        let metadata = TemplateMetadata::parse(build, &text)?;
+        let metadata = TemplateMetadata::parse(build, &store.read(build, Artifact::Metadata).await?)?;
         metadata.check_vmm(here)?;
         let memory = mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader).await?;
         let disk = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader).await?;
+        let rootfs: Arc<dyn ReadDevice> = disk.clone();
         let base = memory.header().base();
-        let (memfile, snapfile) = (store.path(base, Artifact::Memfile), path(Artifact::Snapfile));
-        let rootfs: Arc<dyn ReadDevice> = match disk.header().is_identity() {
-            true => Arc::new(FileDevice::open(path(Artifact::Rootfs)).await?),
-            false => disk.clone(),
-        };
+        let memfile = store.path(base, Artifact::Memfile);
         let damaged = |what: String| CreateError::Damaged { build, what };
-        let size = tokio::fs::metadata(&memfile)
-            .await
-            .map_err(|e| CreateError::io(format!("look at {}", memfile.display()), e))?
-            .len();
+        let opened = store.clone();
+        let size = blocking(move || Ok(opened.open_artifact(base, Artifact::Memfile)?.size())).await?;
         if size != u64::from(metadata.memory_mb) << 20 {
             return Err(damaged(format!("memfile has {size} bytes, expected {} MiB", metadata.memory_mb)));
         }
@@ -75,8 +59,8 @@ impl OpenTemplate {
             let mapped = memory.size();
             return Err(damaged(format!("memfile.header maps {mapped} bytes, expected {size}")));
         }
-        let (pages, recording) = (OnceCell::new(), OnceLock::new());
-        Ok(Self { metadata, rootfs, disk, memory, memfile, snapfile, pages, recording })
+        let (store, recording) = (store.clone(), OnceLock::new());
+        Ok(Self { metadata, rootfs, disk, memory, memfile, store, recording })
     }
 
     /// Writes the pages in which this build's memory differs from [`OpenTemplate::open_memfile`]
@@ -107,21 +91,8 @@ impl OpenTemplate {
     }
 
     /// The memory, page by page.
-    pub async fn page_source(&self) -> Result<Arc<dyn PageSource>, CreateError> {
-        if !self.memory.header().is_identity() {
-            return Ok(Arc::new(BuildPages(self.memory.clone())));
-        }
-        let open = || async {
-            let path = self.memfile.clone();
-            let opened = tokio::task::spawn_blocking(move || {
-                let memfile = Memfile::open(path, PageSize::Small, None).map_err(std::io::Error::other)?;
-                MappedMemfile::open(&memfile)
-            });
-            let opened = opened.await.unwrap_or_else(|e| Err(std::io::Error::other(e)));
-            let source: Arc<dyn PageSource> = Arc::new(opened.map_err(MemoryError::Source)?);
-            Ok::<_, CreateError>(source)
-        };
-        self.pages.get_or_try_init(open).await.cloned()
+    pub fn page_source(&self) -> Arc<dyn PageSource> {
+        Arc::new(BuildPages(self.memory.clone()))
     }
 
     /// Pages that a sandbox needs first, once one has shown it.
@@ -134,9 +105,10 @@ impl OpenTemplate {
         self.recording.get_or_init(recording);
     }
 
-    /// The device state, read-only.
-    pub fn open_snapfile(&self) -> Result<File, CreateError> {
-        open(&self.snapfile)
+    /// The device state, read-only and checked.
+    pub async fn open_snapfile(&self) -> Result<File, CreateError> {
+        let (store, build) = (self.store.clone(), self.metadata.build_id);
+        blocking(move || store.open_artifact(build, Artifact::Snapfile)?.into_checked()).await
     }
 }
 
@@ -147,16 +119,21 @@ async fn mapped(
     artifact: Artifact,
     header: Artifact,
 ) -> Result<Arc<MappedDevice>, CreateError> {
-    let path = store.path(build, header);
-    let text =
-        tokio::fs::read(&path).await.map_err(|e| CreateError::io(format!("read {}", path.display()), e))?;
+    let (name, text) = (header, store.read(build, header).await?);
     let damaged = |what: String| CreateError::Damaged { build, what };
     let header = Header::parse(&text).map_err(|e| damaged(e.to_string()))?;
     if header.build() != build {
-        return Err(damaged(format!("{} belongs to build {}", path.display(), header.build())));
+        return Err(damaged(format!("{name} belongs to build {}", header.build())));
     }
     let store = store.clone();
-    Ok(Arc::new(MappedDevice::open(header, move |b| store.path(b, artifact)).await?))
+    Ok(Arc::new(MappedDevice::open(header, move |b| store.open_artifact(b, artifact)).await?))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
+) -> Result<T, CreateError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|e| CreateError::io("read a build", std::io::Error::other(e)))??)
 }
 
 fn open(path: &std::path::Path) -> Result<File, CreateError> {

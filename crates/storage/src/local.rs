@@ -1,17 +1,22 @@
 //! The store over a local directory: `{root}/{build id}/{artifact}`.
 
 use std::{
+    collections::HashMap,
     fs::{self, DirBuilder},
     io,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
+use parking_lot::Mutex;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::{Artifact, BuildId, StagedBuild, StorageError, error::blocking};
+use crate::{
+    Artifact, ArtifactFile, BuildId, StagedBuild, StorageError, checked, checksums::Checksums,
+    error::blocking,
+};
 
 /// Holds what is being written or removed. Its name is no build id, and it lies beside the builds
 /// so that a rename between the two never crosses a file system.
@@ -21,6 +26,8 @@ const STAGING: &str = ".staging";
 #[derive(Debug, Clone)]
 pub struct LocalStore {
     root: Arc<Path>,
+    /// Those of builds in use: a template's are a thousandth of its size, and all its sandboxes'.
+    sums: Arc<Mutex<HashMap<BuildId, Weak<Checksums>>>>,
 }
 
 impl LocalStore {
@@ -42,7 +49,7 @@ impl LocalStore {
                 .map_err(|e| StorageError::io("set the mode of", dir, e))?;
         }
         let root = fs::canonicalize(root).map_err(|e| StorageError::io("resolve", root, e))?;
-        Ok(Self { root: root.into() })
+        Ok(Self { root: root.into(), sums: Arc::default() })
     }
 
     /// The store's directory.
@@ -85,6 +92,35 @@ impl LocalStore {
         .await
     }
 
+    /// Opens an artifact of a published build for reading. Blocks.
+    ///
+    /// Fails with [`StorageError::NotFound`] if there is no such build, with
+    /// [`StorageError::Unchecked`] if it was published without sums, with [`StorageError::Damaged`] if
+    /// the artifact is missing or not as long as it was.
+    pub fn open_artifact(&self, build: BuildId, artifact: Artifact) -> Result<ArtifactFile, StorageError> {
+        if !is_there(&self.dir(build))? {
+            return Err(StorageError::NotFound(build));
+        }
+        ArtifactFile::open(self.path(build, artifact), artifact, self.sums(build)?)
+    }
+
+    /// Reads a small artifact of a published build as a whole, and checks it.
+    pub async fn read(&self, build: BuildId, artifact: Artifact) -> Result<Vec<u8>, StorageError> {
+        let store = self.clone();
+        blocking("read an artifact", move || store.open_artifact(build, artifact)?.read_all()).await
+    }
+
+    fn sums(&self, build: BuildId) -> Result<Arc<Checksums>, StorageError> {
+        if let Some(sums) = self.sums.lock().get(&build).and_then(Weak::upgrade) {
+            return Ok(sums);
+        }
+        let sums = Arc::new(checked::load(build, &self.path(build, Artifact::Checksums))?);
+        let mut all = self.sums.lock();
+        all.retain(|_, sums| sums.strong_count() > 0);
+        all.insert(build, Arc::downgrade(&sums));
+        Ok(sums)
+    }
+
     /// Begins to write a build, in a staging directory (mode 0700) of its own.
     ///
     /// Fails with [`StorageError::AlreadyExists`] if the build is already published. Two stagings
@@ -122,6 +158,7 @@ impl LocalStore {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(StorageError::NotFound(build)),
                 Err(e) => return Err(StorageError::io("unpublish", &from, e)),
             }
+            store.sums.lock().remove(&build);
             fs::remove_dir_all(&doomed).map_err(|e| StorageError::io("remove", &doomed, e))
         })
         .await

@@ -52,7 +52,7 @@ impl Context {
             BlockError::NoSpace { .. } => (Errno::NoSpace, "no space left on the host's disk"),
             BlockError::OutOfRange { .. } => (Errno::Invalid, "beyond the end of the device"),
             BlockError::Shutdown => (Errno::Shutdown, "the server is shutting down"),
-            BlockError::Truncated { .. } | BlockError::Io { .. } => {
+            BlockError::Truncated { .. } | BlockError::Io { .. } | BlockError::Storage(_) => {
                 (Errno::Io, "input/output error on the host")
             }
         };
