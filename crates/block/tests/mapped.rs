@@ -8,7 +8,10 @@ use std::fs::File;
 
 use builds::{open, pause, store, template};
 use bytes::Bytes;
-use nidus_block::{BLOCK_SIZE, BlockDevice, BlockError, MappedDevice, Overlay, ReadDevice, header::Header};
+use nidus_block::{
+    BLOCK_SIZE, BlockDevice, BlockError, MappedDevice, Overlay, ReadDevice, compact, header::Header,
+    wants_compaction,
+};
 use nidus_storage::{Artifact, BuildId, StorageError};
 use proptest::prelude::*;
 
@@ -73,6 +76,79 @@ proptest! {
                     }
                 }
             }
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn a_compacted_build_and_its_children_read_as_before(
+        lives in prop::collection::vec(writes(), 1..7),
+        cut in prop_oneof![Just(0usize), 1..BLOCK],
+        middle in any::<prop::sample::Index>(), stop in prop::option::weighted(0.2, 0usize..3),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let (dir, store) = store();
+            let mut model: Vec<u8> = (0..BLOCKS * BLOCK - cut).map(|i| (i / BLOCK % 3) as u8).collect();
+            let size = model.len();
+            let mut line = vec![(template(&store, &model).await, model.clone())];
+            for (life, writes) in lives.iter().enumerate() {
+                let parent = open(&store, &line.last().unwrap().0).await;
+                let overlay = Overlay::create(parent.clone(), dir.path().join(format!("o{life}"))).await.unwrap();
+                for (at, len, byte) in writes {
+                    let end = (at + len).min(size);
+                    if *at < end {
+                        model[*at..end].fill(*byte);
+                        overlay.write_at(*at as u64, Bytes::from(vec![*byte; end - at])).await.unwrap();
+                    }
+                }
+                line.push((pause(&store, &parent, &overlay).await.0, model.clone()));
+            }
+            // Any but the first, which others may have children of.
+            let middle = 1 + middle.index(lives.len());
+            let (header, expected) = &line[middle];
+            let (before, build) = (open(&store, header).await, header.build());
+            let staged = store.stage_again(build).unwrap();
+            let path = staged.path(Artifact::Rootfs);
+            let file = File::create_new(&path).unwrap();
+            store.open_artifact(build, Artifact::Rootfs).unwrap().copy_to(&file, &path).unwrap();
+            let pieces = std::cell::Cell::new(0);
+            let go_on = || stop.is_none_or(|stop| { pieces.set(pieces.get() + 1); pieces.get() <= stop });
+            let compacted = match compact(&before, &file, &path, go_on).unwrap() {
+                Some(diff) => {
+                    assert_eq!(diff.stored, file.metadata().unwrap().len().next_multiple_of(BLOCK_SIZE));
+                    staged.write(Artifact::RootfsHeader, diff.header.to_bytes()).await.unwrap();
+                    staged.write(Artifact::Metadata, "{}").await.unwrap();
+                    store.replace(staged).unwrap();
+                    diff.header
+                }
+                None => {
+                    assert!(stop.is_some());
+                    drop(staged);
+                    header.clone()
+                }
+            };
+            if stop.is_none() {
+                let base = compacted.base();
+                assert!(compacted.mappings().iter().all(|m| m.build.is_nil() || m.build == build || m.build == base));
+                assert!(!wants_compaction(&compacted));
+                assert_eq!(compacted.generation(), header.generation());
+                let stored = store.read(build, Artifact::RootfsHeader).await.unwrap();
+                assert_eq!(Header::parse(&stored).unwrap(), compacted);
+            }
+            // Those that have it open still, those that open it now, and its children.
+            let mut all = vec![(before, expected), (open(&store, &compacted).await, expected)];
+            for (header, expected) in &line[middle + 1..] {
+                all.push((open(&store, header).await, expected));
+            }
+            for (device, expected) in all {
+                let mut bytes = vec![0xee; size];
+                device.read_blocking(0, &mut bytes).unwrap();
+                assert!(bytes == *expected);
+            }
+            assert!(std::fs::read_dir(store.root().join(".staging")).unwrap().next().is_none());
         });
     }
 }

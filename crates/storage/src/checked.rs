@@ -13,6 +13,9 @@ use crate::{
     checksums::{Checksums, Sums, sum},
 };
 
+/// Artifacts are copied in pieces of this size.
+const COPY_PIECE: usize = 1 << 20;
+
 /// An artifact whose bytes are to be checked when they are read.
 ///
 /// Each read is checked, not the first alone: a block may go bad, or be read from the disk anew, at
@@ -96,16 +99,33 @@ impl ArtifactFile {
         Damaged::length(self.build(), self.artifact, found, self.size())
     }
 
+    /// Fills `bytes` with whole blocks, and checks them.
+    fn read_blocks(&self, offset: u64, bytes: &mut [u8]) -> Result<(), StorageError> {
+        match self.file.read_exact_at(bytes, offset) {
+            Ok(()) => Ok(self.check(offset, bytes)?),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(self.cut().into()),
+            Err(e) => Err(StorageError::io("read", &self.path, e)),
+        }
+    }
+
     /// All of it, checked. For artifacts that are small. Blocks.
     pub fn read_all(&self) -> Result<Vec<u8>, StorageError> {
         let mut bytes = vec![0; self.size() as usize];
-        match self.file.read_exact_at(&mut bytes, 0) {
-            Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(self.cut().into()),
-            Err(e) => return Err(StorageError::io("read", &self.path, e)),
-        }
-        self.check(0, &bytes)?;
+        self.read_blocks(0, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Copies all of it, checked, to the beginning of a file. Blocks.
+    pub fn copy_to(&self, to: &File, path: &Path) -> Result<(), StorageError> {
+        let mut piece = vec![0; COPY_PIECE];
+        let mut at = 0;
+        while at < self.size() {
+            let part = &mut piece[..(self.size() - at).min(COPY_PIECE as u64) as usize];
+            self.read_blocks(at, part)?;
+            to.write_all_at(part, at).map_err(|e| StorageError::io("write", path, e))?;
+            at += part.len() as u64;
+        }
+        Ok(())
     }
 
     /// Checks all of it and gives the file away, for those that read it themselves. Blocks.

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tracing::warn;
 use uuid::Uuid;
 
@@ -28,6 +28,8 @@ pub struct LocalStore {
     root: Arc<Path>,
     /// Those of builds in use: a template's are a thousandth of its size, and all its sandboxes'.
     sums: Arc<Mutex<HashMap<BuildId, Weak<Checksums>>>>,
+    /// Held shared while an artifact and its sums are opened, exclusively while a build is replaced.
+    swaps: Arc<RwLock<()>>,
 }
 
 impl LocalStore {
@@ -49,7 +51,7 @@ impl LocalStore {
                 .map_err(|e| StorageError::io("set the mode of", dir, e))?;
         }
         let root = fs::canonicalize(root).map_err(|e| StorageError::io("resolve", root, e))?;
-        Ok(Self { root: root.into(), sums: Arc::default() })
+        Ok(Self { root: root.into(), sums: Arc::default(), swaps: Arc::default() })
     }
 
     /// The store's directory.
@@ -101,6 +103,7 @@ impl LocalStore {
         if !is_there(&self.dir(build))? {
             return Err(StorageError::NotFound(build));
         }
+        let _no_swap = self.swaps.read();
         ArtifactFile::open(self.path(build, artifact), artifact, self.sums(build)?)
     }
 
@@ -134,14 +137,35 @@ impl LocalStore {
             if is_there(&store.path(build, Artifact::Metadata))? {
                 return Err(StorageError::AlreadyExists(build));
             }
-            let dir = store.fresh_staging(build);
-            DirBuilder::new()
-                .mode(0o700)
-                .create(&dir)
-                .map_err(|e| StorageError::io("create the directory", &dir, e))?;
-            Ok(StagedBuild::new(build, dir, store.dir(build)))
+            store.new_staging(build)
         })
         .await
+    }
+
+    /// Begins to write a published build again: with the same contents, stored in another way. Blocks.
+    pub fn stage_again(&self, build: BuildId) -> Result<StagedBuild, StorageError> {
+        if !is_there(&self.path(build, Artifact::Metadata))? {
+            return Err(StorageError::NotFound(build));
+        }
+        self.new_staging(build)
+    }
+
+    /// Publishes what [`LocalStore::stage_again`] began, in the place of what is there: all or nothing,
+    /// for everyone who opens an artifact from then on. Blocks.
+    pub fn replace(&self, staged: StagedBuild) -> Result<(), StorageError> {
+        let build = staged.build();
+        staged.replace(|| {
+            let swap = self.swaps.write();
+            self.sums.lock().remove(&build);
+            swap
+        })
+    }
+
+    fn new_staging(&self, build: BuildId) -> Result<StagedBuild, StorageError> {
+        let dir = self.staging_name(build);
+        let made = DirBuilder::new().mode(0o700).create(&dir);
+        made.map_err(|e| StorageError::io("create the directory", &dir, e))?;
+        Ok(StagedBuild::new(build, dir, self.dir(build)))
     }
 
     /// Removes a published build. It is gone for everyone at once; files that are open or mapped
@@ -152,7 +176,7 @@ impl LocalStore {
         let store = self.clone();
         blocking("remove a build", move || {
             let from = store.dir(build);
-            let doomed = store.fresh_staging(build);
+            let doomed = store.staging_name(build);
             match fs::rename(&from, &doomed) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(StorageError::NotFound(build)),
@@ -190,7 +214,7 @@ impl LocalStore {
         .await
     }
 
-    fn fresh_staging(&self, build: BuildId) -> PathBuf {
+    fn staging_name(&self, build: BuildId) -> PathBuf {
         self.root.join(STAGING).join(format!("{build}-{}", Uuid::new_v4().simple()))
     }
 }

@@ -84,6 +84,32 @@ impl StagedBuild {
     }
 
     fn commit_blocking(mut self) -> Result<(), StorageError> {
+        self.seal_all()?;
+        match rename(&self.dir, &self.target, RenameFlags::RENAME_NOREPLACE) {
+            Ok(()) => self.published = true,
+            Err(Errno::EEXIST | Errno::ENOTEMPTY) => return Err(StorageError::AlreadyExists(self.build)),
+            Err(e) => return Err(StorageError::io("publish", &self.target, e.into())),
+        }
+        self.sync_root()
+    }
+
+    /// Puts the build in the place of the published one with its id, at once for everyone, while
+    /// `swap` is held. What it replaces is removed; files of it that are open stay readable. Blocks.
+    pub(crate) fn replace<T>(self, swap: impl FnOnce() -> T) -> Result<(), StorageError> {
+        self.seal_all()?;
+        let held = swap();
+        match rename(&self.dir, &self.target, RenameFlags::RENAME_EXCHANGE) {
+            Ok(()) => {}
+            Err(Errno::ENOENT) => return Err(StorageError::NotFound(self.build)),
+            Err(e) => return Err(StorageError::io("replace", &self.target, e.into())),
+        }
+        drop(held);
+        // What was published is in the staging directory now, and goes with it.
+        self.sync_root()
+    }
+
+    /// Makes all that was written durable and adds the sums.
+    fn seal_all(&self) -> Result<(), StorageError> {
         for entry in fs::read_dir(&self.dir).map_err(|e| StorageError::io("list", &self.dir, e))? {
             let name = entry.map_err(|e| StorageError::io("list", &self.dir, e))?.file_name();
             if !self.writable().any(|a| name == *a.file_name()) {
@@ -114,12 +140,10 @@ impl StagedBuild {
         self.write_sums(&sums)?;
         fs::set_permissions(&self.dir, Permissions::from_mode(0o755))
             .map_err(|e| StorageError::io("set the mode of", &self.dir, e))?;
-        sync_dir(&self.dir)?;
-        match rename_noreplace(&self.dir, &self.target) {
-            Ok(()) => self.published = true,
-            Err(Errno::EEXIST | Errno::ENOTEMPTY) => return Err(StorageError::AlreadyExists(self.build)),
-            Err(e) => return Err(StorageError::io("publish", &self.target, e.into())),
-        }
+        sync_dir(&self.dir)
+    }
+
+    fn sync_root(&self) -> Result<(), StorageError> {
         match self.target.parent() {
             Some(root) => sync_dir(root),
             None => Ok(()),
@@ -173,11 +197,11 @@ fn sync_dir(dir: &Path) -> Result<(), StorageError> {
 }
 
 /// Renames a directory, never onto another.
-fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Errno> {
-    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+fn rename(from: &Path, to: &Path, how: RenameFlags) -> Result<(), Errno> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, how) {
         // The file system lacks the flag. A plain rename replaces an empty directory at most,
         // which no build is.
-        Err(Errno::EINVAL) => {
+        Err(Errno::EINVAL) if how == RenameFlags::RENAME_NOREPLACE => {
             fs::rename(from, to).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or_default()))
         }
         result => result,
