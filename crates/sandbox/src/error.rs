@@ -5,7 +5,6 @@ use nidus_storage::BuildId;
 use nidus_template::{DiskError, MetadataError};
 use nidus_vmm::VmmError;
 
-use crate::PauseError;
 use crate::served::MemoryError;
 
 /// Why [`crate::Factory::create`] failed. Whatever had been acquired is released.
@@ -55,9 +54,6 @@ pub enum CreateError {
     /// Storage.
     #[error(transparent)]
     Storage(#[from] nidus_storage::StorageError),
-    /// The memory of a paused sandbox.
-    #[error("the memory of a paused sandbox cannot be put in place: {0}")]
-    Restore(#[from] PauseError),
     /// A file operation.
     #[error("Cannot {action}: {source}")]
     Io {
@@ -74,7 +70,6 @@ impl CreateError {
         match self {
             Self::Damaged { .. } => true,
             Self::Storage(e) | Self::Block(BlockError::Storage(e)) => e.is_damage(),
-            Self::Restore(PauseError::Block(BlockError::Storage(e))) => e.is_damage(),
             _ => false,
         }
     }

@@ -52,7 +52,7 @@ impl Machine {
 
     async fn with_slot(
         parts: &Parts<'_>,
-        template: &OpenTemplate,
+        template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>, RootDisk, Arc<Overlay>), CreateError> {
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
@@ -73,7 +73,7 @@ impl Machine {
 
     async fn with_disk(
         parts: &Parts<'_>,
-        template: &OpenTemplate,
+        template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
         name: String,
         disk: Disk,
@@ -81,7 +81,7 @@ impl Machine {
         let (host, m) = (parts.host, &template.metadata);
         let snapfile = template.open_snapfile().await?;
         let (memory, serving) = match host.vmm.needs().memory {
-            MemoryDoor::Memfile => (Memory::Private(template.open_memfile()?), None),
+            MemoryDoor::Memfile => (Memory::Private(template.open_memfile().await?), None),
             MemoryDoor::Own => {
                 let source = template.page_source();
                 let (sender, connection) = oneshot::channel();
@@ -104,11 +104,12 @@ impl Machine {
             advance_clock: false,
         };
         let mut vm = host.vmm.prepare(config).await?;
-        if serving.is_none() {
-            template.restore_memory(vm.pid()).await?;
-        }
         if let Err(e) = vm.load(snapfile).await {
-            return Err(not_loaded(vm, serving, e).await);
+            let e = not_loaded(vm, serving, e).await;
+            return Err(match template.memfile_failure() {
+                Some(cause) => CreateError::Ended(format!("{e}; {cause}")),
+                None => e,
+            });
         }
         let memory = match serving {
             None => None,
@@ -143,6 +144,7 @@ impl Machine {
     pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
         let (mut exit, lost) = (self.vm.exit(), self.disk.lost());
         let memory = self.memory.as_ref().map(ServedMemory::failed);
+        let template = self.template.clone();
         async move {
             let memory = async {
                 match memory {
@@ -151,7 +153,10 @@ impl Machine {
                 }
             };
             tokio::select! {
-                status = exit.wait() => format!("the VM ended by itself ({status})"),
+                status = exit.wait() => match template.memfile_failure() {
+                    Some(cause) => format!("the VM ended by itself ({status}); {cause}"),
+                    None => format!("the VM ended by itself ({status})"),
+                },
                 reason = memory => reason,
                 () = lost.cancelled() => "the server of its root disk was lost".to_owned(),
             }

@@ -1,13 +1,14 @@
-//! The memory of a build whose header names several builds: for VMMs that have it served page by
-//! page, and for those that map the base's file.
+//! A build's memory, whichever builds store it: for VMMs that have it served page by page, and for those
+//! that map a file.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use nidus_block::{BlockError, MappedDevice, ReadDevice};
-use nidus_memory::uffd::{Cached, Content, Fetched, Origin, PageSource, SourceError};
-use nidus_memory::{Memfile, PageSize, ProcessMemory};
+use nidus_memfs::Content;
+use nidus_memory::uffd::{self, Cached, Fetched, Origin, PageSource, SourceError};
+use nidus_memory::{Memfile, PageSize};
 
 use crate::PauseError;
 
@@ -18,6 +19,20 @@ pub const PIECE: u64 = 1 << 20;
 /// zeros without any reading.
 #[derive(Debug)]
 pub struct BuildPages(pub Arc<MappedDevice>);
+
+/// A build's memory as a file.
+#[derive(Debug)]
+pub struct BuildMemory(pub Arc<MappedDevice>);
+
+impl Content for BuildMemory {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.0.read_blocking(offset, buf)?)
+    }
+}
 
 fn is_zero(bytes: &[u8]) -> bool {
     bytes.iter().all(|b| *b == 0)
@@ -53,7 +68,7 @@ impl PageSource for BuildPages {
             BlockError::Io { source, .. } => SourceError::Read(source),
             e => SourceError::Permanent(Box::new(e)),
         })?;
-        let bytes = if is_zero(&bytes) { Content::Zero } else { Content::Bytes(bytes.into()) };
+        let bytes = if is_zero(&bytes) { uffd::Content::Zero } else { uffd::Content::Bytes(bytes.into()) };
         Ok(Fetched { bytes, origin: Origin::Cache })
     }
 }
@@ -62,27 +77,6 @@ impl PageSource for BuildPages {
 pub fn base_memfile(path: &Path, memory: &MappedDevice) -> Result<Memfile, PauseError> {
     let wrong = |e| PauseError::Memfile(Box::new(e));
     Memfile::open(PathBuf::from(path), PageSize::Small, Some(memory.size())).map_err(wrong)
-}
-
-/// Writes the pages in which `memory` differs from its base into the private mapping that a stopped
-/// process has of the base's file. Blocks. Returns how many bytes that were.
-pub fn patch(pid: u32, memfile: &Memfile, memory: &MappedDevice) -> Result<u64, PauseError> {
-    let header = memory.header();
-    let process = ProcessMemory::open(pid, memfile)?;
-    let (mut patched, mut piece) = (0, vec![0; PIECE as usize]);
-    let changed = |m: &&nidus_block::header::Mapping| m.build != header.base() || m.build_offset != m.offset;
-    for m in header.mappings().iter().filter(changed) {
-        let end = (m.offset + m.len).min(header.size());
-        let mut at = m.offset;
-        while at < end {
-            let part = &mut piece[..(end - at).min(PIECE) as usize];
-            memory.read_blocking(at, part)?;
-            process.write_at(at, part)?;
-            at += part.len() as u64;
-            patched += part.len() as u64;
-        }
-    }
-    Ok(patched)
 }
 
 #[cfg(test)]
@@ -128,8 +122,8 @@ mod tests {
                 Cached::Mapped(_) => panic!("nothing is mapped"),
             }
             match source.fetch(at, PAGE as usize).await.unwrap().bytes {
-                Content::Zero => assert_eq!(byte, 0, "page {n}"),
-                Content::Bytes(bytes) => assert!(byte != 0 && bytes == page(byte), "page {n}"),
+                uffd::Content::Zero => assert_eq!(byte, 0, "page {n}"),
+                uffd::Content::Bytes(bytes) => assert!(byte != 0 && bytes == page(byte), "page {n}"),
             }
         }
         let mut two = vec![0; 2 * PAGE as usize];

@@ -1,21 +1,23 @@
 //! A template opened for use: checked once, then shared by every sandbox made of it.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use nidus_block::header::Header;
 use nidus_block::{MappedDevice, ReadDevice};
+use nidus_memfs::{MemFs, ServedFile};
 use nidus_memory::uffd::{PageSource, Recording};
-use nidus_storage::{Artifact, BuildId, LocalStore, StorageError};
+use nidus_storage::{Artifact, BuildId, LocalStore};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::DriverId;
 
-use crate::pages::BuildPages;
-use crate::{CreateError, pages};
+use crate::CreateError;
+use crate::pages::{BuildMemory, BuildPages};
+use crate::served::MemoryError;
 
-/// A build's metadata and open root disk; memfile and snapfile are opened anew for each VM, so
-/// that no two share a file position.
+/// A build's metadata, its open root disk and its memory; memfile and snapfile are opened anew for
+/// each VM, so that no two share a file position.
 pub struct OpenTemplate {
     /// `metadata.json`.
     pub metadata: TemplateMetadata,
@@ -25,16 +27,22 @@ pub struct OpenTemplate {
     pub(crate) disk: Arc<MappedDevice>,
     /// The memory by its header, likewise.
     pub(crate) memory: Arc<MappedDevice>,
-    /// The memory file of the build that the line of pauses began with: it is whole.
-    memfile: PathBuf,
+    /// The memory as a file, for VMMs that map one.
+    memfile: Option<ServedFile>,
     store: LocalStore,
     /// What the first sandbox needed of it until envd answered.
     recording: OnceLock<Recording>,
 }
 
 impl OpenTemplate {
-    /// Opens and checks a build: complete, made by this VMM, sizes as the metadata says.
-    pub async fn open(store: &LocalStore, build: BuildId, here: &DriverId) -> Result<Self, CreateError> {
+    /// Opens and checks a build: complete, made by this VMM, sizes as the metadata says. Its memory
+    /// becomes a file of `memfs`, if there is one.
+    pub async fn open(
+        store: &LocalStore,
+        build: BuildId,
+        here: &DriverId,
+        memfs: Option<Arc<MemFs>>,
+    ) -> Result<Self, CreateError> {
         if !store.exists(build).await? {
             return Err(CreateError::TemplateNotFound(build));
         }
@@ -43,51 +51,40 @@ impl OpenTemplate {
         let memory = mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader).await?;
         let disk = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader).await?;
         let rootfs: Arc<dyn ReadDevice> = disk.clone();
-        let base = memory.header().base();
-        let memfile = store.path(base, Artifact::Memfile);
         let damaged = |what: String| CreateError::Damaged { build, what };
-        let opened = store.clone();
-        let size = blocking(move || Ok(opened.open_artifact(base, Artifact::Memfile)?.size())).await?;
-        if size != u64::from(metadata.memory_mb) << 20 {
-            return Err(damaged(format!("memfile has {size} bytes, expected {} MiB", metadata.memory_mb)));
-        }
         if rootfs.size() != u64::from(metadata.disk_mb) << 20 {
             let size = rootfs.size();
             return Err(damaged(format!("rootfs.ext4 has {size} bytes, expected {} MiB", metadata.disk_mb)));
         }
-        if memory.size() != size {
-            let mapped = memory.size();
-            return Err(damaged(format!("memfile.header maps {mapped} bytes, expected {size}")));
+        if memory.size() != u64::from(metadata.memory_mb) << 20 {
+            let size = memory.size();
+            return Err(damaged(format!("memfile has {size} bytes, expected {} MiB", metadata.memory_mb)));
         }
+        let content = Arc::new(BuildMemory(memory.clone()));
+        let memfile = match memfs {
+            None => None,
+            Some(memfs) => Some(blocking(move || memfs.serve(content).map_err(MemoryError::File)).await?),
+        };
         let (store, recording) = (store.clone(), OnceLock::new());
         Ok(Self { metadata, rootfs, disk, memory, memfile, store, recording })
     }
 
-    /// Writes the pages in which this build's memory differs from [`OpenTemplate::open_memfile`]
-    /// into the private mapping that a process has of it, before it loads the state. Nothing is
-    /// done for a template. A VMM that has its memory served gets all of it from there.
-    pub async fn restore_memory(&self, pid: u32) -> Result<(), CreateError> {
-        let memory = self.memory.clone();
-        if memory.header().is_identity() {
-            return Ok(());
-        }
-        let path = self.memfile.clone();
-        let patch = move || pages::patch(pid, &pages::base_memfile(&path, &memory)?, &memory);
-        let patched = tokio::task::spawn_blocking(patch).await;
-        let bytes = patched.map_err(|e| CreateError::io("restore a memory", std::io::Error::other(e)))??;
-        tracing::debug!(pid, bytes, "memory restored");
-        Ok(())
+    /// Where [`OpenTemplate::open_memfile`] opens; none where VMMs have their memory served.
+    pub(crate) fn memfile_path(&self) -> Option<&Path> {
+        self.memfile.as_ref().map(ServedFile::path)
     }
 
-    /// Where [`OpenTemplate::open_memfile`] opens.
-    pub(crate) fn memfile_path(&self) -> &std::path::Path {
-        &self.memfile
+    /// The memory file that VMs map, read-only.
+    pub async fn open_memfile(self: &Arc<Self>) -> Result<File, CreateError> {
+        let this = self.clone();
+        let open =
+            move || this.memfile.as_ref().ok_or(MemoryError::NoFile)?.open().map_err(MemoryError::File);
+        blocking(open).await
     }
 
-    /// The memory file that VMs map, read-only. That of a paused sandbox differs from it: see
-    /// [`OpenTemplate::restore_memory`].
-    pub fn open_memfile(&self) -> Result<File, CreateError> {
-        open(&self.memfile)
+    /// Why the memory file could not be read, once that has happened.
+    pub fn memfile_failure(&self) -> Option<&str> {
+        self.memfile.as_ref().and_then(ServedFile::failure)
     }
 
     /// The memory, page by page.
@@ -113,7 +110,7 @@ impl OpenTemplate {
 }
 
 /// The device that a build's header describes.
-async fn mapped(
+pub(crate) async fn mapped(
     store: &LocalStore,
     build: BuildId,
     artifact: Artifact,
@@ -129,13 +126,9 @@ async fn mapped(
     Ok(Arc::new(MappedDevice::open(header, move |b| store.open_artifact(b, artifact)).await?))
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
+async fn blocking<T: Send + 'static, E: Into<CreateError> + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, CreateError> {
     let done = tokio::task::spawn_blocking(work).await;
-    Ok(done.map_err(|e| CreateError::io("read a build", std::io::Error::other(e)))??)
-}
-
-fn open(path: &std::path::Path) -> Result<File, CreateError> {
-    File::open(path).map_err(|e| CreateError::io(format!("open {}", path.display()), e))
+    done.map_err(|e| CreateError::io("read a build", std::io::Error::other(e)))?.map_err(Into::into)
 }
