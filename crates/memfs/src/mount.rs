@@ -15,9 +15,10 @@ use crate::MemFsError;
 
 /// The server's side, and the mount's.
 pub fn mount() -> Result<(OwnedFd, OwnedFd), MemFsError> {
+    // First of all: this loads the kernel's module, which makes /dev/fuse.
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(MemFsError::mount("make"))?;
     let device = open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
     let device = device.map_err(MemFsError::mount("open /dev/fuse for"))?;
-    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(MemFsError::mount("make"))?;
     let configure = MemFsError::mount("configure");
     let (user, group) = (geteuid().as_raw().to_string(), getegid().as_raw().to_string());
     let number = device.as_raw_fd().to_string();
