@@ -52,6 +52,7 @@ impl Recipe {
             config.base_cpu,
             config.base_memory_mb,
             config.disk_mb,
+            config.huge_pages,
             &with.kernel,
             &with.vmm,
             STORED_AS,

@@ -39,7 +39,9 @@ impl Compactor {
             };
             let Some(build) = next else { return };
             match self.compact(build).await {
-                Ok(Some((from, to))) => tracing::info!(%build, from, to, "compacted: pieces of memory and disk"),
+                Ok(Some((from, to))) => {
+                    tracing::info!(%build, from, to, "compacted: pieces of memory and disk")
+                }
                 Ok(None) => {}
                 // It may have been deleted meanwhile, or the disk is full: it can be used as it is.
                 Err(e) => tracing::warn!(%build, "a paused sandbox was not compacted: {e}"),

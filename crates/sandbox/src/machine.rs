@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nidus_block::{DirtyBlocks, Overlay};
 use nidus_network::{NetworkSlot, Pool};
@@ -24,6 +25,9 @@ pub struct Machine {
     template: Arc<OpenTemplate>,
     memory_door: MemoryDoor,
 }
+
+/// How long the end of a VMM's process is waited for when a connection of it was lost.
+const EXIT_NOTICE: Duration = Duration::from_millis(200);
 
 /// What machines are made with.
 pub struct Parts<'a> {
@@ -99,7 +103,7 @@ impl Machine {
             mac: nidus_network::GUEST_MAC.to_owned(),
             uid: host.uid(slot),
             limits: nidus_template::limits(m.vcpu, m.memory_mb),
-            huge_pages: false,
+            huge_pages: m.huge_pages,
             track_dirty: false,
             advance_clock: false,
         };
@@ -148,17 +152,20 @@ impl Machine {
         async move {
             let memory = async {
                 match memory {
-                    Some(failed) => failed.await.to_string(),
+                    Some(failed) => failed.await,
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
-                status = exit.wait() => match template.memfile_failure() {
-                    Some(cause) => format!("the VM ended by itself ({status}); {cause}"),
-                    None => format!("the VM ended by itself ({status})"),
-                },
+            let reason = tokio::select! {
+                biased;
+                status = exit.wait() => return ended(&status, &template),
                 reason = memory => reason,
-                () = lost.cancelled() => "the server of its root disk was lost".to_owned(),
+                () = lost.cancelled() => "the connection of its root disk was lost".to_owned(),
+            };
+            // A VMM that ends closes its connections first, and then its end says more.
+            match tokio::time::timeout(EXIT_NOTICE, exit.wait()).await {
+                Ok(status) => ended(&status, &template),
+                Err(_) => reason,
             }
         }
     }
@@ -213,6 +220,14 @@ impl Machine {
         network.release(slot).await;
         killed?;
         Ok(released?)
+    }
+}
+
+/// The reason of a VM that ended: a page of its memory that could not be read, if there was one.
+fn ended(status: &impl std::fmt::Display, template: &OpenTemplate) -> String {
+    match template.memfile_failure() {
+        Some(cause) => format!("the VM ended by itself ({status}); {cause}"),
+        None => format!("the VM ended by itself ({status})"),
     }
 }
 

@@ -18,7 +18,12 @@ pub const PIECE: u64 = 1 << 20;
 /// A build's memory as the userfaultfd server wants it. A page that the header maps to nobody is
 /// zeros without any reading.
 #[derive(Debug)]
-pub struct BuildPages(pub Arc<MappedDevice>);
+pub struct BuildPages {
+    /// The memory.
+    pub memory: Arc<MappedDevice>,
+    /// Its pages' size.
+    pub page: PageSize,
+}
 
 /// A build's memory as a file.
 #[derive(Debug)]
@@ -41,17 +46,17 @@ fn is_zero(bytes: &[u8]) -> bool {
 #[async_trait]
 impl PageSource for BuildPages {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.memory.size()
     }
 
     fn cached<'a>(&'a self, at: u64, len: usize, buffer: &'a mut [u8]) -> Cached<'a> {
-        let page = PageSize::Small.bytes() as usize;
+        let page = self.page.bytes() as usize;
         let one = len <= page;
-        if self.0.is_unstored(at..at + len as u64) {
+        if self.memory.is_unstored(at..at + len as u64) {
             return if one { Cached::Zero } else { Cached::Miss };
         }
         let buffer = &mut buffer[..len];
-        if !matches!(self.0.try_read_at(at, buffer), Ok(true)) {
+        if !matches!(self.memory.try_read_at(at, buffer), Ok(true)) {
             return Cached::Miss;
         }
         // Of several pages none may be zeros: those are better off alone.
@@ -64,7 +69,7 @@ impl PageSource for BuildPages {
 
     async fn fetch(&self, at: u64, len: usize) -> Result<Fetched, SourceError> {
         let mut bytes = vec![0; len];
-        self.0.read_at(at, &mut bytes).await.map_err(|e| match e {
+        self.memory.read_at(at, &mut bytes).await.map_err(|e| match e {
             BlockError::Io { source, .. } => SourceError::Read(source),
             e => SourceError::Permanent(Box::new(e)),
         })?;
@@ -109,7 +114,7 @@ mod tests {
         let path = store.path(child, Artifact::Memfile);
         let device = MappedDevice::open(header, move |b| store.open_artifact(b, Artifact::Memfile));
         let device = device.await.unwrap();
-        let source = BuildPages(Arc::new(device));
+        let source = BuildPages { memory: Arc::new(device), page: PageSize::Small };
         assert_eq!(source.size(), 4 * PAGE);
         let mut buffer = page(9);
         for (n, byte) in [(0, 1), (1, 0), (2, 7), (3, 0)] {

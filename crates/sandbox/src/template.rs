@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use nidus_block::header::Header;
 use nidus_block::{MappedDevice, ReadDevice};
 use nidus_memfs::{MemFs, ServedFile};
+use nidus_memory::PageSize;
 use nidus_memory::uffd::{PageSource, Recording};
 use nidus_storage::{Artifact, BuildId, LocalStore};
 use nidus_template::TemplateMetadata;
@@ -89,7 +90,8 @@ impl OpenTemplate {
 
     /// The memory, page by page.
     pub fn page_source(&self) -> Arc<dyn PageSource> {
-        Arc::new(BuildPages(self.memory.clone()))
+        let page = if self.metadata.huge_pages { PageSize::Huge } else { PageSize::Small };
+        Arc::new(BuildPages { memory: self.memory.clone(), page })
     }
 
     /// Pages that a sandbox needs first, once one has shown it.
