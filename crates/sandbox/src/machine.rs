@@ -56,7 +56,7 @@ impl Machine {
 
     async fn with_slot(
         parts: &Parts<'_>,
-        template: &OpenTemplate,
+        template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>, RootDisk, Arc<Overlay>), CreateError> {
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
@@ -77,16 +77,17 @@ impl Machine {
 
     async fn with_disk(
         parts: &Parts<'_>,
-        template: &OpenTemplate,
+        template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
         name: String,
         disk: Disk,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>), CreateError> {
         let (host, m) = (parts.host, &template.metadata);
+        let snapfile = template.open_snapfile().await?;
         let (memory, serving) = match host.vmm.needs().memory {
-            MemoryDoor::Memfile => (Memory::Private(template.open_memfile()?), None),
+            MemoryDoor::Memfile => (Memory::Private(template.open_memfile().await?), None),
             MemoryDoor::Own => {
-                let source = template.page_source().await?;
+                let source = template.page_source();
                 let (sender, connection) = oneshot::channel();
                 (Memory::Served(sender), Some(served::serve(connection, source)))
             }
@@ -107,11 +108,12 @@ impl Machine {
             advance_clock: false,
         };
         let mut vm = host.vmm.prepare(config).await?;
-        if serving.is_none() {
-            template.restore_memory(vm.pid()).await?;
-        }
-        if let Err(e) = vm.load(template.open_snapfile()?).await {
-            return Err(not_loaded(vm, serving, e).await);
+        if let Err(e) = vm.load(snapfile).await {
+            let e = not_loaded(vm, serving, e).await;
+            return Err(match template.memfile_failure() {
+                Some(cause) => CreateError::Ended(format!("{e}; {cause}")),
+                None => e,
+            });
         }
         let memory = match serving {
             None => None,
@@ -146,6 +148,7 @@ impl Machine {
     pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
         let (mut exit, lost) = (self.vm.exit(), self.disk.lost());
         let memory = self.memory.as_ref().map(ServedMemory::failed);
+        let template = self.template.clone();
         async move {
             let memory = async {
                 match memory {
@@ -155,13 +158,13 @@ impl Machine {
             };
             let reason = tokio::select! {
                 biased;
-                status = exit.wait() => return ended(&status),
+                status = exit.wait() => return ended(&status, &template),
                 reason = memory => reason,
                 () = lost.cancelled() => "the connection of its root disk was lost".to_owned(),
             };
             // A VMM that ends closes its connections first, and then its end says more.
             match tokio::time::timeout(EXIT_NOTICE, exit.wait()).await {
-                Ok(status) => ended(&status),
+                Ok(status) => ended(&status, &template),
                 Err(_) => reason,
             }
         }
@@ -220,8 +223,12 @@ impl Machine {
     }
 }
 
-fn ended(status: &impl std::fmt::Display) -> String {
-    format!("the VM ended by itself ({status})")
+/// The reason of a VM that ended: a page of its memory that could not be read, if there was one.
+fn ended(status: &impl std::fmt::Display, template: &OpenTemplate) -> String {
+    match template.memfile_failure() {
+        Some(cause) => format!("the VM ended by itself ({status}); {cause}"),
+        None => format!("the VM ended by itself ({status})"),
+    }
 }
 
 /// Ends a VM that could not load its state, then the server of its memory, which waits for its VMM

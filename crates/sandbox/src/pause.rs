@@ -184,7 +184,8 @@ async fn store(
         memory_parent: template.memory.clone(),
         memory: match (saved, diff) {
             (MemorySaved::InMapping, _) => {
-                Written::By(machine.vm().pid(), template.memfile_path().to_owned())
+                let path = template.memfile_path().ok_or(PauseError::Saved("in a mapping of no file"))?;
+                Written::By(machine.vm().pid(), path.to_owned())
             }
             (MemorySaved::Diff(ranges), Some(file)) => Written::To(file, ranges),
             (MemorySaved::InMemfile, _) => return Err(PauseError::Saved("in the template's file")),
@@ -223,6 +224,7 @@ async fn store(
     staged.write(Artifact::RootfsHeader, disk.header.to_bytes()).await?;
     staged.write(Artifact::Metadata, text).await?;
     staged.commit().await?;
+    sandbox.compact_later(spec.build_id);
     Ok(Paused {
         metadata,
         stop_time: began.elapsed(),

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nidus_memfs::MemFsError;
 use nidus_memory::uffd::{
     Config, End, Handler, HandlerError, Handshake, HandshakeError, PageSource, Recording, StartError,
 };
@@ -33,9 +34,12 @@ pub enum MemoryError {
     /// It could be served no longer.
     #[error(transparent)]
     Handler(#[from] Arc<HandlerError>),
-    /// The source of the pages cannot be opened.
-    #[error("Cannot open the memory file: {0}")]
-    Source(std::io::Error),
+    /// The memory file that VMMs map.
+    #[error(transparent)]
+    File(MemFsError),
+    /// A VMM wants to map the memory, and this node serves it.
+    #[error("the memory of VMs is not served as a file here")]
+    NoFile,
 }
 
 /// The server of one VM's memory. The VM must have ended before this is stopped or dropped: a page

@@ -2,14 +2,19 @@
 //!
 //! A build is a directory of [`Artifact`]s named by its [`BuildId`]. It is written in a staging
 //! directory and renamed into place once everything in it is on the disk, so a build is either
-//! absent or whole; once published its files are read-only.
+//! absent or whole; once published its files are read-only, and what is read of them is checked
+//! by the sums that were made then (see [`ArtifactFile`]).
 
 mod artifact;
+mod checked;
+mod checksums;
 mod error;
 mod local;
 mod publish;
 
 pub use artifact::{Artifact, BuildId, InvalidBuildId};
-pub use error::StorageError;
+pub use checked::ArtifactFile;
+pub use checksums::CHECKED_BLOCK;
+pub use error::{Damaged, StorageError};
 pub use local::LocalStore;
 pub use publish::StagedBuild;
