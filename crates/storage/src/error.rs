@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Artifact, BuildId};
+use crate::{Artifact, BuildId, remote::RemoteError};
 
 /// Why an operation on the store failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +53,9 @@ pub enum StorageError {
         /// The name in question.
         name: std::ffi::OsString,
     },
+    /// The object store.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     /// The runtime was stopped before the operation ran.
     #[error("the store was shut down before it could {action}")]
     Shutdown {

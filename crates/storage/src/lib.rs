@@ -3,13 +3,19 @@
 //! A build is a directory of [`Artifact`]s named by its [`BuildId`]. It is written in a staging
 //! directory and renamed into place once everything in it is on the disk, so a build is either
 //! absent or whole; once published its files are read-only.
+//!
+//! The same builds can lie in an object store ([`remote`]), cut into compressed frames that are
+//! fetched when they are read and kept in a [`FrameCache`].
 
 mod artifact;
+mod cache;
 mod error;
 mod local;
 mod publish;
+pub mod remote;
 
 pub use artifact::{Artifact, BuildId, InvalidBuildId};
+pub use cache::{BuildPin, FrameCache};
 pub use error::StorageError;
 pub use local::LocalStore;
 pub use publish::StagedBuild;
