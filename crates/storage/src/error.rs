@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Artifact, BuildId};
+use crate::{Artifact, BuildId, remote::RemoteError};
 
 /// Why an operation on the store failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +61,9 @@ pub enum StorageError {
         "build {0} has no checksums, as an older nidus made it; it cannot be used, build the template again (nidus template build)"
     )]
     Unchecked(BuildId),
+    /// The object store.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
     /// The runtime was stopped before the operation ran.
     #[error("the store was shut down before it could {action}")]
     Shutdown {
