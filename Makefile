@@ -27,7 +27,7 @@ unit: ## the crates' own tests
 	cargo test --release --workspace
 
 testbed: build ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
-	$(BUILT)/testbed test --workspace --junit target/testbed.xml
+	$(BUILT)/testbed test --workspace --timeout 7200 --junit target/testbed.xml
 
 testbed-crates: build ## those of the crates alone
 	$(BUILT)/testbed test --workspace --only kvm --only nbd --only memory --only vmm --only firecracker

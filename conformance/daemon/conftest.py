@@ -38,6 +38,17 @@ class Host:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left(tmp_path_factory):
+    """What an interrupted run left in the data directory is no part of this one."""
+    daemon = Daemon(log_path=tmp_path_factory.mktemp("first") / "nidus.log").start()
+    try:
+        daemon.create_key()
+        daemon.clear()
+    finally:
+        daemon.end()
+
+
 @pytest.fixture
 def host(tmp_path):
     """The host before the test; the test is responsible for asking `assert_clean`."""

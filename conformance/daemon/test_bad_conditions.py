@@ -60,6 +60,7 @@ def path_without_qemu(folder):
     return str(folder)
 
 
+@pytest.mark.skipif(os.environ.get("NIDUS_VMM") == "firecracker", reason="Firecracker needs no QEMU")
 def test_qemu_is_missing(make_daemon, host, tmp_path):
     path = path_without_qemu(tmp_path / "bin")
     assert shutil.which("qemu-system-x86_64", path=path) is None

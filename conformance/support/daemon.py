@@ -191,6 +191,13 @@ class Daemon:
         self.key = done.stdout.strip()
         return self.key
 
+    def clear(self) -> int:
+        """Kills every sandbox that an interrupted run of the tests left paused; answers how many."""
+        _, left = self.rest("GET", "/v2/sandboxes?state=running,paused&limit=100")
+        for sandbox in left:
+            self.rest("DELETE", f"/sandboxes/{sandbox['sandboxID']}")
+        return len(left)
+
     def rest(self, method: str, path: str, body=None, key: str | None = None):
         """One REST call: (status, decoded JSON or None). `key=""` sends none."""
         request = urllib.request.Request(f"{self.api_url}{path}", method=method)

@@ -57,7 +57,10 @@ def main() -> int:
     print(f"nidus is up at {daemon.api_url} (in {seconds:.1f} s)", file=sys.stderr)
     try:
         env = {k: v for k, v in os.environ.items() if not k.startswith("E2B_")}
-        code = subprocess.run(command, env={**env, **daemon.sdk_env()}).returncode
+        env |= daemon.sdk_env()
+        if cleared := daemon.clear():
+            print(f"killed {cleared} sandboxes that an earlier run had left", file=sys.stderr)
+        code = subprocess.run(command, env=env).returncode
     finally:
         if daemon.process.poll() is None:
             ended = daemon.terminate()

@@ -7,6 +7,9 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use nidus_storage::StorageError;
+
+use crate::header::HeaderError;
 
 /// A device that can be read at any offset and length within its size.
 #[async_trait]
@@ -106,6 +109,12 @@ pub enum BlockError {
         /// The system's answer.
         source: io::Error,
     },
+    /// A build's artifact cannot be opened, or its bytes are not those that were published.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A header that no device can have.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
     /// The runtime was stopped before the operation ran.
     #[error("the runtime was shut down before the operation ran")]
     Shutdown,

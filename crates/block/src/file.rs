@@ -40,23 +40,7 @@ impl PositionedFile {
 
     /// Fills `buf` if all of it is in the page cache.
     pub(crate) fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, BlockError> {
-        if buf.len() > INLINE_MAX {
-            return Ok(false);
-        }
-        let mut done = 0;
-        while done < buf.len() {
-            let at = offset + done as u64;
-            let rest = &mut [IoSliceMut::new(&mut buf[done..])];
-            match preadv2(&self.file, rest, at, ReadWriteFlags::NOWAIT) {
-                Ok(0) => return Err(BlockError::Truncated { path: self.path.clone(), offset: at }),
-                Ok(n) => done += n,
-                Err(Errno::INTR) => {}
-                // Not cached, or a file system or kernel that cannot tell.
-                Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(false),
-                Err(e) => return Err(BlockError::io("read", &self.path, e)),
-            }
-        }
-        Ok(true)
+        try_read(&self.file, &self.path, offset, buf)
     }
 
     /// Fills `buf`; waits for the disk on a blocking thread if it must.
@@ -76,12 +60,7 @@ impl PositionedFile {
 
     /// Fills `buf`. Blocks.
     pub(crate) fn read_blocking(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
-        self.file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                BlockError::Truncated { path: self.path.clone(), offset: offset + buf.len() as u64 }
-            }
-            _ => BlockError::io("read", &self.path, e),
-        })
+        read_blocking(&self.file, &self.path, offset, buf)
     }
 
     /// Writes all of `data`. Blocks.
@@ -119,6 +98,37 @@ impl PositionedFile {
     pub(crate) fn sync(&self) -> Result<(), BlockError> {
         self.file.sync_data().map_err(|e| BlockError::io("flush to the disk", &self.path, e))
     }
+}
+
+/// Fills `buf` from a file if all of it is in the page cache.
+pub(crate) fn try_read(file: &File, path: &Path, offset: u64, buf: &mut [u8]) -> Result<bool, BlockError> {
+    if buf.len() > INLINE_MAX {
+        return Ok(false);
+    }
+    let mut done = 0;
+    while done < buf.len() {
+        let at = offset + done as u64;
+        let rest = &mut [IoSliceMut::new(&mut buf[done..])];
+        match preadv2(file, rest, at, ReadWriteFlags::NOWAIT) {
+            Ok(0) => return Err(BlockError::Truncated { path: path.to_owned(), offset: at }),
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            // Not cached, or a file system or kernel that cannot tell.
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(false),
+            Err(e) => return Err(BlockError::io("read", path, e)),
+        }
+    }
+    Ok(true)
+}
+
+/// Fills `buf` from a file. Blocks.
+pub(crate) fn read_blocking(file: &File, path: &Path, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+    file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
+        std::io::ErrorKind::UnexpectedEof => {
+            BlockError::Truncated { path: path.to_owned(), offset: offset + buf.len() as u64 }
+        }
+        _ => BlockError::io("read", path, e),
+    })
 }
 
 /// Runs `work`, which may wait for a disk, on a blocking thread. It runs to its end even if the

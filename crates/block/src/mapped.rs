@@ -3,44 +3,43 @@
 //! A header maps all of the device (see [`crate::header`]), so a read looks up its own pieces and
 //! nothing else: how many builds lie between this one and its base does not matter.
 
-use std::{collections::HashMap, ops::Range, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use async_trait::async_trait;
-use nidus_storage::BuildId;
+use nidus_storage::{ArtifactFile, BuildId, StorageError};
 
 use crate::{
     BlockError, ReadDevice,
+    checked::CheckedFile,
     device::check_range,
-    file::{INLINE_MAX, PositionedFile, blocking},
+    file::{INLINE_MAX, blocking},
     header::{Header, Mapping},
 };
 
-/// A read-only device made of ranges of builds' files and of zeros.
+/// A read-only device made of ranges of builds' files and of zeros. What is read is checked.
 #[derive(Debug)]
 pub struct MappedDevice {
     header: Header,
-    files: HashMap<BuildId, Arc<PositionedFile>>,
+    files: HashMap<BuildId, Arc<CheckedFile>>,
 }
 
 impl MappedDevice {
-    /// Opens the file of every build that the header names, where `path` says that it is, and
-    /// checks that it is as long as the header needs.
+    /// Opens, by `open`, the file of every build that the header names, and checks that it is as
+    /// long as the header needs.
     ///
     /// Fails with [`BlockError::Truncated`] where a file is too short.
     pub async fn open(
         header: Header,
-        path: impl Fn(BuildId) -> PathBuf + Send + 'static,
+        open: impl Fn(BuildId) -> Result<ArtifactFile, StorageError> + Send + 'static,
     ) -> Result<Self, BlockError> {
         blocking(move || {
             let mut files = HashMap::new();
             for (build, len) in needed(&header) {
-                let path = path(build);
-                let file = std::fs::File::open(&path).map_err(|e| BlockError::io("open", &path, e))?;
-                let size = file.metadata().map_err(|e| BlockError::io("inspect", &path, e))?.len();
-                if size < len {
-                    return Err(BlockError::Truncated { path, offset: size });
+                let file = open(build)?;
+                if file.size() < len {
+                    return Err(BlockError::Truncated { path: file.path().to_owned(), offset: file.size() });
                 }
-                files.insert(build, Arc::new(PositionedFile::new(file, path)));
+                files.insert(build, Arc::new(CheckedFile::new(file)));
             }
             Ok(Self { header, files })
         })
@@ -68,7 +67,7 @@ impl MappedDevice {
         self.pieces(offset, buf, |file, at, part| file.read_blocking(at, part).map(|()| true)).map(drop)
     }
 
-    fn file(&self, mapping: &Mapping) -> Result<&Arc<PositionedFile>, BlockError> {
+    fn file(&self, mapping: &Mapping) -> Result<&Arc<CheckedFile>, BlockError> {
         // All of them were opened with the header.
         self.files.get(&mapping.build).ok_or(BlockError::OutOfRange {
             offset: mapping.offset,
@@ -82,7 +81,7 @@ impl MappedDevice {
         &self,
         offset: u64,
         buf: &mut [u8],
-        read: impl Fn(&PositionedFile, u64, &mut [u8]) -> Result<bool, BlockError>,
+        read: impl Fn(&CheckedFile, u64, &mut [u8]) -> Result<bool, BlockError>,
     ) -> Result<bool, BlockError> {
         for m in self.header.extents(offset..offset + buf.len() as u64) {
             let part = &mut buf[(m.offset - offset) as usize..][..m.len as usize];
@@ -117,7 +116,7 @@ impl ReadDevice for MappedDevice {
         if buf.len() > INLINE_MAX {
             return Ok(false);
         }
-        self.pieces(offset, buf, PositionedFile::try_read)
+        self.pieces(offset, buf, CheckedFile::try_read)
     }
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {

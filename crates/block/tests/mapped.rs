@@ -2,41 +2,21 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
+mod builds;
 
+use std::fs::File;
+
+use builds::{open, pause, store, template};
 use bytes::Bytes;
 use nidus_block::{
-    BLOCK_SIZE, BlockDevice, BlockError, DiffWriter, MappedDevice, Overlay, ReadDevice, header::Header,
+    BLOCK_SIZE, BlockDevice, BlockError, MappedDevice, Overlay, ReadDevice, compact, header::Header,
+    wants_compaction,
 };
-use nidus_storage::BuildId;
+use nidus_storage::{Artifact, BuildId, StorageError};
 use proptest::prelude::*;
-use tempfile::TempDir;
 
 const BLOCKS: usize = 24;
 const BLOCK: usize = BLOCK_SIZE as usize;
-
-async fn open(dir: &Path, header: &Header) -> Arc<MappedDevice> {
-    let dir = dir.to_owned();
-    Arc::new(MappedDevice::open(header.clone(), move |b| dir.join(b.to_string())).await.unwrap())
-}
-
-/// What a pause does with a disk: every dirty block is a candidate.
-fn pause(dir: &Path, parent: &MappedDevice, overlay: &Overlay) -> (Header, u64) {
-    let build = BuildId::random();
-    let path = dir.join(build.to_string());
-    let file = File::create_new(&path).unwrap();
-    let cache = File::open(overlay.cache_path()).unwrap();
-    let mut diff = DiffWriter::new(parent, build, &file, &path);
-    for range in overlay.dirty().ranges() {
-        let (start, end) = (range.start * BLOCK_SIZE, (range.end * BLOCK_SIZE).min(parent.size()));
-        let mut bytes = vec![0; (end - start) as usize];
-        cache.read_exact_at(&mut bytes, start).unwrap();
-        diff.push(start, &bytes).unwrap();
-    }
-    let diff = diff.finish().unwrap();
-    assert!(file.metadata().unwrap().len() <= diff.stored);
-    (Header::parse(&diff.header.to_bytes()).unwrap(), diff.stored)
-}
 
 /// A write of a byte (0 is zeros, which must not be stored) somewhere in the device.
 fn writes() -> impl Strategy<Value = Vec<(usize, usize, u8)>> {
@@ -45,7 +25,7 @@ fn writes() -> impl Strategy<Value = Vec<(usize, usize, u8)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
     fn what_was_written_before_any_number_of_pauses_is_read(
         lives in prop::collection::vec(writes(), 1..7),
@@ -54,15 +34,13 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
-            let dir = TempDir::new().unwrap();
+            let (dir, store) = store();
             let size = BLOCKS * BLOCK - cut;
             let mut model: Vec<u8> = (0..size).map(|i| (i / BLOCK % 3) as u8).collect();
-            let base = BuildId::random();
-            std::fs::write(dir.path().join(base.to_string()), &model).unwrap();
-            let mut header = Header::identity(base, size as u64, BLOCK_SIZE).unwrap();
+            let mut header = template(&store, &model).await;
             assert!(header.is_identity());
             for (life, writes) in lives.iter().enumerate() {
-                let parent = open(dir.path(), &header).await;
+                let parent = open(&store, &header).await;
                 let overlay = Overlay::create(parent.clone(), dir.path().join(format!("o{life}"))).await.unwrap();
                 let before = model.clone();
                 for (at, len, byte) in writes {
@@ -72,14 +50,14 @@ proptest! {
                         overlay.write_at(*at as u64, Bytes::from(vec![*byte; end - at])).await.unwrap();
                     }
                 }
-                let (child, stored) = pause(dir.path(), &parent, &overlay);
+                let (child, stored) = pause(&store, &parent, &overlay).await;
                 // No more is stored than what differs and is not zeros.
                 let differ = model.chunks(BLOCK).zip(before.chunks(BLOCK))
                     .filter(|(new, old)| new != old && new.iter().any(|b| *b != 0)).count();
                 assert_eq!(stored, (differ * BLOCK) as u64);
                 assert!(!child.is_identity() || child.build() != header.build());
                 header = child;
-                let device = open(dir.path(), &header).await;
+                let device = open(&store, &header).await;
                 for (at, len) in &reads {
                     let at = (*at).min(size);
                     let len = (*len).min(size - at);
@@ -102,22 +80,106 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn a_compacted_build_and_its_children_read_as_before(
+        lives in prop::collection::vec(writes(), 1..7),
+        cut in prop_oneof![Just(0usize), 1..BLOCK],
+        middle in any::<prop::sample::Index>(), stop in prop::option::weighted(0.2, 0usize..3),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let (dir, store) = store();
+            let mut model: Vec<u8> = (0..BLOCKS * BLOCK - cut).map(|i| (i / BLOCK % 3) as u8).collect();
+            let size = model.len();
+            let mut line = vec![(template(&store, &model).await, model.clone())];
+            for (life, writes) in lives.iter().enumerate() {
+                let parent = open(&store, &line.last().unwrap().0).await;
+                let overlay = Overlay::create(parent.clone(), dir.path().join(format!("o{life}"))).await.unwrap();
+                for (at, len, byte) in writes {
+                    let end = (at + len).min(size);
+                    if *at < end {
+                        model[*at..end].fill(*byte);
+                        overlay.write_at(*at as u64, Bytes::from(vec![*byte; end - at])).await.unwrap();
+                    }
+                }
+                line.push((pause(&store, &parent, &overlay).await.0, model.clone()));
+            }
+            // Any but the first, which others may have children of.
+            let middle = 1 + middle.index(lives.len());
+            let (header, expected) = &line[middle];
+            let (before, build) = (open(&store, header).await, header.build());
+            let staged = store.stage_again(build).unwrap();
+            let path = staged.path(Artifact::Rootfs);
+            let file = File::create_new(&path).unwrap();
+            store.open_artifact(build, Artifact::Rootfs).unwrap().copy_to(&file, &path).unwrap();
+            let pieces = std::cell::Cell::new(0);
+            let go_on = || stop.is_none_or(|stop| { pieces.set(pieces.get() + 1); pieces.get() <= stop });
+            let compacted = match compact(&before, &file, &path, go_on).unwrap() {
+                Some(diff) => {
+                    assert_eq!(diff.stored, file.metadata().unwrap().len().next_multiple_of(BLOCK_SIZE));
+                    staged.write(Artifact::RootfsHeader, diff.header.to_bytes()).await.unwrap();
+                    staged.write(Artifact::Metadata, "{}").await.unwrap();
+                    store.replace(staged).unwrap();
+                    diff.header
+                }
+                None => {
+                    assert!(stop.is_some());
+                    drop(staged);
+                    header.clone()
+                }
+            };
+            if stop.is_none() {
+                let base = compacted.base();
+                assert!(compacted.mappings().iter().all(|m| m.build.is_nil() || m.build == build || m.build == base));
+                assert!(!wants_compaction(&compacted));
+                assert_eq!(compacted.generation(), header.generation());
+                let stored = store.read(build, Artifact::RootfsHeader).await.unwrap();
+                assert_eq!(Header::parse(&stored).unwrap(), compacted);
+            }
+            // Those that have it open still, those that open it now, and its children.
+            let mut all = vec![(before, expected), (open(&store, &compacted).await, expected)];
+            for (header, expected) in &line[middle + 1..] {
+                all.push((open(&store, header).await, expected));
+            }
+            for (device, expected) in all {
+                let mut bytes = vec![0xee; size];
+                device.read_blocking(0, &mut bytes).unwrap();
+                assert!(bytes == *expected);
+            }
+            assert!(std::fs::read_dir(store.root().join(".staging")).unwrap().next().is_none());
+        });
+    }
+}
+
 #[tokio::test]
 async fn a_missing_or_cut_file_is_named() {
-    let dir = TempDir::new().unwrap();
-    let build = BuildId::random();
-    let header = Header::identity(build, 3 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
-    let path = dir.path().join(build.to_string());
-    let try_open = || {
-        let path = path.clone();
-        MappedDevice::open(header.clone(), move |_| path.clone())
+    let (_dir, store) = store();
+    let build = template(&store, &vec![1; 3 * BLOCK]).await.build();
+    let path = store.path(build, Artifact::Rootfs);
+    let try_open = |header| {
+        let store = store.clone();
+        MappedDevice::open(header, move |b| store.open_artifact(b, Artifact::Rootfs))
     };
-    let error = try_open().await.unwrap_err();
-    assert!(error.to_string().contains(&build.to_string()), "{error}");
-    std::fs::write(&path, vec![1; 2 * BLOCK]).unwrap();
-    assert!(matches!(try_open().await.unwrap_err(), BlockError::Truncated { offset: 8192, .. }));
-    std::fs::write(&path, vec![1; 3 * BLOCK]).unwrap();
-    let device = try_open().await.unwrap();
+    let header = Header::identity(build, 3 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
+    let device = try_open(header.clone()).await.unwrap();
     assert_eq!(device.builds().collect::<Vec<_>>(), [build]);
     assert!(matches!(device.read_at(8192, &mut [0; 4097]).await, Err(BlockError::OutOfRange { .. })));
+    // A header that needs more than the build has.
+    let longer = Header::identity(build, 4 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
+    assert!(matches!(try_open(longer).await.unwrap_err(), BlockError::Truncated { offset: 12288, .. }));
+    let other = Header::identity(BuildId::random(), BLOCK_SIZE, BLOCK_SIZE).unwrap();
+    let error = try_open(other.clone()).await.unwrap_err();
+    assert!(matches!(error, BlockError::Storage(StorageError::NotFound(b)) if b == other.build()), "{error}");
+    File::options().write(true).open(&path).unwrap().set_len(2 * BLOCK_SIZE).unwrap();
+    for error in [
+        try_open(header).await.unwrap_err(),
+        device.read_at(BLOCK_SIZE, &mut [0; 2 * BLOCK]).await.unwrap_err(),
+        device.try_read_at(2 * BLOCK_SIZE, &mut [0; 9]).unwrap_err(),
+    ] {
+        assert!(matches!(error, BlockError::Storage(StorageError::Damaged(_))), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(&build.to_string()) && text.contains("rootfs.ext4"), "{text}");
+    }
 }

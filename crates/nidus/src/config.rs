@@ -70,6 +70,9 @@ pub struct Config {
     pub base_memory_mb: i32,
     /// Root disk of new templates in MiB.
     pub disk_mb: u32,
+    /// Whether the memory of new templates consists of pages of 2 MiB; Firecracker has them, and the host must
+    /// keep a pool of them (`vm.nr_hugepages`).
+    pub huge_pages: bool,
     /// Machines kept ready for each template in use; 0 turns it off.
     pub warm: usize,
     /// Sandboxes at once.
@@ -141,6 +144,7 @@ impl Default for Config {
             base_cpu: 1,
             base_memory_mb: 512,
             disk_mb: 2048,
+            huge_pages: false,
             warm: 4,
             max_sandboxes: 100,
             max_starting: 4,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use nidus_block::ublk::Ublk;
+use nidus_memfs::MemFs;
 use nidus_vmm::cgroup::CgroupRoot;
 use nidus_vmm::guest::Kernel;
 use nidus_vmm::qemu::probe;
@@ -56,6 +57,8 @@ pub async fn run(config: &Config, out: Output) -> anyhow::Result<ExitCode> {
             let result = c.error.map_or_else(|| Ok("works".to_owned()), Err);
             all.push(Finding::of(c.name, result, c.fix));
         }
+        let served = MemFs::start(1).map(|_| "can be served (FUSE)".to_owned());
+        all.push(Finding::of("memory files", served.map_err(|e| e.to_string()), "modprobe fuse"));
         let name = format!("nidus-doctor-{}", std::process::id());
         let cgroups = CgroupRoot::new(&name).map(|c| {
             c.remove();

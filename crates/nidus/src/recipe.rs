@@ -32,6 +32,10 @@ pub struct Recipe {
     pub digest: String,
 }
 
+/// How builds are stored. Another number here makes the base template anew; what else an older nidus
+/// stored is refused. 2: with checksums.
+const STORED_AS: u32 = 2;
+
 const FILE: &str = "base-template.json";
 
 impl Recipe {
@@ -48,8 +52,10 @@ impl Recipe {
             config.base_cpu,
             config.base_memory_mb,
             config.disk_mb,
+            config.huge_pages,
             &with.kernel,
             &with.vmm,
+            STORED_AS,
         );
         hash.update(serde_json::to_vec(&rest)?);
         if let Some(image) = config.local_images.get(&config.base_image) {

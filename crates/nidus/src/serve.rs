@@ -134,7 +134,8 @@ impl Parts {
             tap,
             ..NetworkConfig::default()
         };
-        // What nobody holds was left by a daemon that was killed: VMs first, then their networks.
+        // What nobody holds was left by a daemon that was killed: disks first, then VMs, then networks.
+        VmHost::reclaim(INSTANCE).await;
         for range in &free {
             let groups = CgroupRoot::new(&range.name('-'))?;
             let vms = groups.reclaim()?;
@@ -205,6 +206,7 @@ impl Parts {
             max_starting: config.max_starting,
             start_limit: Duration::from_secs(60),
             default_disk_mb: config.disk_mb,
+            huge_pages: config.huge_pages,
             local_images: config.local_images.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_dir: dir.clone(),

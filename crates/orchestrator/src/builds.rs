@@ -83,7 +83,8 @@ impl Builds {
         if !self.store.exists(id).await.unwrap_or(false) {
             return None;
         }
-        let text = tokio::fs::read(self.store.path(id, Artifact::Metadata)).await.ok()?;
+        let text = self.store.read(id, Artifact::Metadata).await;
+        let text = text.inspect_err(|e| tracing::warn!("a stored build cannot be used: {e}")).ok()?;
         TemplateMetadata::parse(id, &text).ok()
     }
 

@@ -35,6 +35,8 @@ pub struct NodeConfig {
     pub start_limit: Duration,
     /// Root disk of a template that does not say, in MiB.
     pub default_disk_mb: u32,
+    /// Templates get memory in pages of 2 MiB also where they do not ask for it.
+    pub huge_pages: bool,
     /// Images of root file systems by the name under which templates may ask for them, before any other
     /// place is looked at. Users name them; only the host's owner says what they are.
     pub local_images: BTreeMap<String, PathBuf>,

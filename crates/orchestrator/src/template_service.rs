@@ -123,6 +123,7 @@ impl TemplateService for Templates {
             memory_mb: size("memoryMB", config.memory_mb, 512)?,
             disk_mb: size("diskSizeMB", config.disk_size_mb, self.0.config.default_disk_mb)?,
             source: source(&config, &self.0.config.local_images)?,
+            huge_pages: config.huge_pages || self.0.config.huge_pages,
         };
         request.check().map_err(|e| Status::invalid_argument(e.to_string()))?;
         let exists = self.0.builds.stored(id).await.is_some() || self.0.builds.start(request).is_none();

@@ -17,6 +17,7 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use crate::reply::{self, Body};
 use crate::target::{ID_HEADER, PORT_HEADER};
+use crate::unread::Watched;
 use crate::upstream::{ConnectError, Permit, Upstream, Upstreams};
 use crate::{Catalog, ENVD_PORT, ProxyConfig, Route, Target, upgrade};
 
@@ -45,7 +46,7 @@ pub struct Proxy {
 
 impl Proxy {
     /// Answers one request of `client`.
-    pub async fn handle(self: Arc<Self>, client: SocketAddr, request: Request<Incoming>) -> Response<Body> {
+    pub async fn handle(self: Arc<Self>, client: SocketAddr, request: Request<Watched>) -> Response<Body> {
         let (mut parts, body) = request.into_parts();
         let target = match Target::of(&parts) {
             Ok(t) => t,

@@ -15,6 +15,7 @@ mod forward;
 mod reply;
 mod server;
 mod target;
+mod unread;
 mod upgrade;
 mod upstream;
 

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Catalog;
 use crate::forward::Proxy;
+use crate::unread;
 
 /// Streams in flight get this long when the proxy ends.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
@@ -87,7 +88,12 @@ pub async fn serve(
         let proxy = proxy.clone();
         let service = service_fn(move |request| {
             let proxy = proxy.clone();
-            async move { Ok::<_, Infallible>(proxy.handle(client, request).await) }
+            async move {
+                let (request, watch) = unread::watch(request);
+                let mut response = proxy.handle(client, request).await;
+                watch.close_if_unread(&mut response);
+                Ok::<_, Infallible>(response)
+            }
         });
         let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
         let connection = graceful.watch(connection);

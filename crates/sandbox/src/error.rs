@@ -1,5 +1,6 @@
 //! Why a sandbox could not be made or ended.
 
+use nidus_block::BlockError;
 use nidus_storage::BuildId;
 use nidus_template::{DiskError, MetadataError};
 use nidus_vmm::VmmError;
@@ -49,13 +50,10 @@ pub enum CreateError {
     Network(#[from] nidus_network::NetworkError),
     /// The disk.
     #[error(transparent)]
-    Block(#[from] nidus_block::BlockError),
+    Block(#[from] BlockError),
     /// Storage.
     #[error(transparent)]
     Storage(#[from] nidus_storage::StorageError),
-    /// The memory of a paused sandbox.
-    #[error("the memory of a paused sandbox cannot be put in place: {0}")]
-    Restore(#[from] crate::PauseError),
     /// A file operation.
     #[error("Cannot {action}: {source}")]
     Io {
@@ -67,6 +65,15 @@ pub enum CreateError {
 }
 
 impl CreateError {
+    /// Whether an artifact is not what was published: another attempt will not help.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } => true,
+            Self::Storage(e) | Self::Block(BlockError::Storage(e)) => e.is_damage(),
+            _ => false,
+        }
+    }
+
     /// A [`CreateError::Io`] with what was being done.
     pub fn io(action: impl Into<String>, source: std::io::Error) -> Self {
         Self::Io { action: action.into(), source }

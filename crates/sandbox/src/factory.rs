@@ -9,16 +9,24 @@ use std::time::Duration;
 use base64::Engine;
 use chrono::Utc;
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
+use nidus_memfs::MemFs;
 use nidus_storage::{BuildId, LocalStore};
 use nidus_template::{TemplateMetadata, VmHost};
+use nidus_vmm::MemoryDoor;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, RwLock};
+use tokio::sync::{Notify, RwLock, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::compaction::Compactor;
 use crate::machine::{Machine, Parts};
+use crate::opened::Opened;
+use crate::served::MemoryError;
 use crate::warm::{WarmSet, WarmStats};
 use crate::{CreateError, KillError, OpenTemplate};
+
+/// They wait for the disk together; what they serve is in the page cache afterwards.
+const MEMFS_THREADS: usize = 4;
 
 /// Settings of a factory.
 #[derive(Debug, Clone)]
@@ -53,16 +61,22 @@ pub struct SandboxSpec {
 /// Makes sandboxes on this node.
 pub struct Factory {
     inner: Arc<Inner>,
-    refill: Mutex<Option<JoinHandle<()>>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Inner {
     config: FactoryConfig,
     store: Arc<LocalStore>,
     host: Arc<VmHost>,
+    /// Where VMMs that map their memory find it.
+    memfs: Option<Arc<MemFs>>,
     templates: tokio::sync::Mutex<HashMap<BuildId, Arc<OpenTemplate>>>,
+    opened: Arc<Opened>,
+    /// Builds that were just published, for compaction.
+    paused: mpsc::UnboundedSender<BuildId>,
     warm: WarmSet,
-    /// Held shared while a build is published that reads others, exclusively while one is removed.
+    /// Held shared while a build is published or opened that reads others, exclusively while one is
+    /// removed or compacted.
     removals: Arc<RwLock<()>>,
     wake: Notify,
     stop: CancellationToken,
@@ -84,18 +98,32 @@ impl Factory {
             std::fs::remove_file(entry.path())
                 .map_err(|e| CreateError::io(format!("remove {}", entry.path().display()), e))?;
         }
+        let memfs = match host.vmm.needs().memory {
+            MemoryDoor::Memfile => Some(Arc::new(MemFs::start(MEMFS_THREADS).map_err(MemoryError::File)?)),
+            MemoryDoor::Own => None,
+        };
+        let (paused, to_compact) = mpsc::unbounded_channel();
         let inner = Arc::new(Inner {
             config,
             store,
             host,
+            memfs,
             templates: Default::default(),
+            opened: Arc::default(),
+            paused,
             warm: WarmSet::default(),
             removals: Arc::default(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         });
-        let refill = tokio::spawn(refill(inner.clone()));
-        Ok(Self { inner, refill: Mutex::new(Some(refill)) })
+        let compactor = Compactor {
+            store: inner.store.clone(),
+            opened: inner.opened.clone(),
+            removals: inner.removals.clone(),
+            stop: inner.stop.clone(),
+        };
+        let tasks = vec![tokio::spawn(refill(inner.clone())), tokio::spawn(compactor.run(to_compact))];
+        Ok(Self { inner, tasks: Mutex::new(tasks) })
     }
 
     /// Resumes a template as a new sandbox. Returns when envd has answered; `cancel` ends it
@@ -141,8 +169,8 @@ impl Factory {
     /// the network pool is to be shut down after them.
     pub async fn shutdown(&self) {
         self.inner.stop.cancel();
-        let task = self.refill.lock().take();
-        if let Some(task) = task {
+        let tasks = std::mem::take(&mut *self.tasks.lock());
+        for task in tasks {
             let _ = task.await;
         }
         self.inner.destroy_all(self.inner.warm.close()).await;
@@ -196,7 +224,7 @@ impl Inner {
         if let Some(t) = templates.get(&build) {
             return Ok(t.clone());
         }
-        let t = Arc::new(OpenTemplate::open(&self.store, build, &self.host.vmm.id()).await?);
+        let t = self.open(build).await?;
         templates.insert(build, t.clone());
         Ok(t)
     }
@@ -207,8 +235,17 @@ impl Inner {
 
     /// Of a build that is not kept open for others.
     async fn prepare_once(&self, build: BuildId) -> Result<Machine, CreateError> {
-        let here = self.host.vmm.id();
-        self.prepare_from(Arc::new(OpenTemplate::open(&self.store, build, &here).await?)).await
+        self.prepare_from(self.open(build).await?).await
+    }
+
+    /// The build as others have it open, or opened now.
+    async fn open(&self, build: BuildId) -> Result<Arc<OpenTemplate>, CreateError> {
+        if let Some(t) = self.opened.get(build) {
+            return Ok(t);
+        }
+        let _no_removal = self.removals.read().await;
+        let opened = OpenTemplate::open(&self.store, build, &self.host.vmm.id(), self.memfs.clone()).await?;
+        Ok(self.opened.keep(build, Arc::new(opened)))
     }
 
     async fn prepare_from(&self, template: Arc<OpenTemplate>) -> Result<Machine, CreateError> {
@@ -257,10 +294,11 @@ async fn refill(inner: Arc<Inner>) {
                 pause = Duration::ZERO;
                 inner.destroy_all(inner.warm.put(build, m).into_iter().collect()).await;
             }
-            Err(
-                CreateError::TemplateNotFound(_) | CreateError::Template(_) | CreateError::Damaged { .. },
-            ) => {
-                tracing::warn!(%build, "this build cannot be kept warm");
+            Err(e)
+                if e.is_damage()
+                    || matches!(e, CreateError::TemplateNotFound(_) | CreateError::Template(_)) =>
+            {
+                tracing::warn!(%build, "this build cannot be kept warm: {e}");
                 inner.destroy_all(inner.warm.forget(build)).await;
             }
             Err(e) => {
@@ -318,6 +356,12 @@ impl Sandbox {
 
     pub(crate) fn removals(&self) -> Arc<RwLock<()>> {
         self.inner.removals.clone()
+    }
+
+    /// Has a build that was just published looked at, whether it is to be compacted.
+    pub(crate) fn compact_later(&self, build: BuildId) {
+        // Nobody listens any more when the node is shutting down.
+        let _ = self.inner.paused.send(build);
     }
 
     /// Lets the guest run and tells its envd who it is: time, entropy, token, environment.

@@ -12,10 +12,12 @@
 //! every path; what the daemon leaves behind when it is killed is found by `reclaim` at its next
 //! start (cgroups, namespaces) or goes with the process (VMs, overlays without a name).
 
+mod compaction;
 mod error;
 mod factory;
 mod lineage;
 mod machine;
+mod opened;
 mod pages;
 mod pause;
 mod served;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nidus_block::{DirtyBlocks, Overlay};
 use nidus_network::{NetworkSlot, Pool};
@@ -24,6 +25,9 @@ pub struct Machine {
     template: Arc<OpenTemplate>,
     memory_door: MemoryDoor,
 }
+
+/// How long the end of a VMM's process is waited for when a connection of it was lost.
+const EXIT_NOTICE: Duration = Duration::from_millis(200);
 
 /// What machines are made with.
 pub struct Parts<'a> {
@@ -52,7 +56,7 @@ impl Machine {
 
     async fn with_slot(
         parts: &Parts<'_>,
-        template: &OpenTemplate,
+        template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>, RootDisk, Arc<Overlay>), CreateError> {
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
@@ -73,16 +77,17 @@ impl Machine {
 
     async fn with_disk(
         parts: &Parts<'_>,
-        template: &OpenTemplate,
+        template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
         name: String,
         disk: Disk,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>), CreateError> {
         let (host, m) = (parts.host, &template.metadata);
+        let snapfile = template.open_snapfile().await?;
         let (memory, serving) = match host.vmm.needs().memory {
-            MemoryDoor::Memfile => (Memory::Private(template.open_memfile()?), None),
+            MemoryDoor::Memfile => (Memory::Private(template.open_memfile().await?), None),
             MemoryDoor::Own => {
-                let source = template.page_source().await?;
+                let source = template.page_source();
                 let (sender, connection) = oneshot::channel();
                 (Memory::Served(sender), Some(served::serve(connection, source)))
             }
@@ -98,16 +103,17 @@ impl Machine {
             mac: nidus_network::GUEST_MAC.to_owned(),
             uid: host.uid(slot),
             limits: nidus_template::limits(m.vcpu, m.memory_mb),
-            huge_pages: false,
+            huge_pages: m.huge_pages,
             track_dirty: false,
             advance_clock: false,
         };
         let mut vm = host.vmm.prepare(config).await?;
-        if serving.is_none() {
-            template.restore_memory(vm.pid()).await?;
-        }
-        if let Err(e) = vm.load(template.open_snapfile()?).await {
-            return Err(not_loaded(vm, serving, e).await);
+        if let Err(e) = vm.load(snapfile).await {
+            let e = not_loaded(vm, serving, e).await;
+            return Err(match template.memfile_failure() {
+                Some(cause) => CreateError::Ended(format!("{e}; {cause}")),
+                None => e,
+            });
         }
         let memory = match serving {
             None => None,
@@ -142,17 +148,24 @@ impl Machine {
     pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
         let (mut exit, lost) = (self.vm.exit(), self.disk.lost());
         let memory = self.memory.as_ref().map(ServedMemory::failed);
+        let template = self.template.clone();
         async move {
             let memory = async {
                 match memory {
-                    Some(failed) => failed.await.to_string(),
+                    Some(failed) => failed.await,
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
-                status = exit.wait() => format!("the VM ended by itself ({status})"),
+            let reason = tokio::select! {
+                biased;
+                status = exit.wait() => return ended(&status, &template),
                 reason = memory => reason,
-                () = lost.cancelled() => "the server of its root disk was lost".to_owned(),
+                () = lost.cancelled() => "the connection of its root disk was lost".to_owned(),
+            };
+            // A VMM that ends closes its connections first, and then its end says more.
+            match tokio::time::timeout(EXIT_NOTICE, exit.wait()).await {
+                Ok(status) => ended(&status, &template),
+                Err(_) => reason,
             }
         }
     }
@@ -207,6 +220,14 @@ impl Machine {
         network.release(slot).await;
         killed?;
         Ok(released?)
+    }
+}
+
+/// The reason of a VM that ended: a page of its memory that could not be read, if there was one.
+fn ended(status: &impl std::fmt::Display, template: &OpenTemplate) -> String {
+    match template.memfile_failure() {
+        Some(cause) => format!("the VM ended by itself ({status}); {cause}"),
+        None => format!("the VM ended by itself ({status})"),
     }
 }
 

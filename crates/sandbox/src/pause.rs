@@ -19,6 +19,8 @@ use nidus_storage::{Artifact, BuildId, StagedBuild, StorageError};
 use nidus_template::{DiskError, TemplateMetadata};
 use nidus_vmm::{MemoryDoor, MemorySaved, SaveMemory, SnapshotFiles, VmmError};
 
+use tempfile::NamedTempFile;
+
 use crate::factory::Sandbox;
 use crate::pages::{PIECE, base_memfile};
 
@@ -167,10 +169,12 @@ async fn store(
     let (snapfile, memfile, rootfs) =
         (new(Artifact::Snapfile)?, new(Artifact::Memfile)?, new(Artifact::Rootfs)?);
     let served = machine.memory_door() == MemoryDoor::Own;
-    // The driver writes what changed to a file without a name, from where it is compared.
+    // The driver writes what changed to a file of its own, from where it is compared.
     let diff = if served { Some(scratch(staged.dir())?) } else { None };
     let memory = match &diff {
-        Some(file) => SaveMemory::Diff(file.try_clone().map_err(|e| PauseError::io("pass a file on", e))?),
+        Some(file) => {
+            SaveMemory::Diff(file.as_file().try_clone().map_err(|e| PauseError::io("pass a file on", e))?)
+        }
         None => SaveMemory::Stay,
     };
     let saved = machine.vm().snapshot(SnapshotFiles { state: snapfile, memory }).await?;
@@ -180,7 +184,8 @@ async fn store(
         memory_parent: template.memory.clone(),
         memory: match (saved, diff) {
             (MemorySaved::InMapping, _) => {
-                Written::By(machine.vm().pid(), template.memfile_path().to_owned())
+                let path = template.memfile_path().ok_or(PauseError::Saved("in a mapping of no file"))?;
+                Written::By(machine.vm().pid(), path.to_owned())
             }
             (MemorySaved::Diff(ranges), Some(file)) => Written::To(file, ranges),
             (MemorySaved::InMemfile, _) => return Err(PauseError::Saved("in the template's file")),
@@ -219,6 +224,7 @@ async fn store(
     staged.write(Artifact::RootfsHeader, disk.header.to_bytes()).await?;
     staged.write(Artifact::Metadata, text).await?;
     staged.commit().await?;
+    sandbox.compact_later(spec.build_id);
     Ok(Paused {
         metadata,
         stop_time: began.elapsed(),
@@ -238,8 +244,9 @@ fn new_file(path: PathBuf) -> Result<File, PauseError> {
         .map_err(|e| BlockError::io("create", &path, e).into())
 }
 
-fn scratch(dir: &Path) -> Result<File, PauseError> {
-    tempfile::tempfile_in(dir).map_err(|e| BlockError::io("make a file in", dir, e).into())
+/// A file with a name, without which it could not be shown to a VMM in its jail.
+fn scratch(dir: &Path) -> Result<NamedTempFile, PauseError> {
+    NamedTempFile::new_in(dir).map_err(|e| BlockError::io("make a file in", dir, e).into())
 }
 
 /// Where what was written is.
@@ -247,7 +254,7 @@ enum Written {
     /// In the private mapping that a process has of a memory file.
     By(u32, PathBuf),
     /// In a file, each range at its own offset.
-    To(File, Vec<Range<u64>>),
+    To(NamedTempFile, Vec<Range<u64>>),
 }
 
 /// What is compared and written off the runtime's threads.
@@ -273,7 +280,9 @@ impl Work {
             }
             Written::To(file, ranges) => {
                 let read = |at, buf: &mut [u8]| {
-                    file.read_exact_at(buf, at).map_err(|e| PauseError::io("read what the VMM saved", e))
+                    file.as_file()
+                        .read_exact_at(buf, at)
+                        .map_err(|e| PauseError::io("read what the VMM saved", e))
                 };
                 copy(ranges.iter().cloned(), read, &mut memory)?;
             }

@@ -4,12 +4,14 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nidus_memfs::MemFsError;
 use nidus_memory::uffd::{
     Config, End, Handler, HandlerError, Handshake, HandshakeError, PageSource, Recording, StartError,
 };
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 /// A VMM that was told to load hands its memory over at once.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
@@ -32,9 +34,12 @@ pub enum MemoryError {
     /// It could be served no longer.
     #[error(transparent)]
     Handler(#[from] Arc<HandlerError>),
-    /// The source of the pages cannot be opened.
-    #[error("Cannot open the memory file: {0}")]
-    Source(std::io::Error),
+    /// The memory file that VMMs map.
+    #[error(transparent)]
+    File(MemFsError),
+    /// A VMM wants to map the memory, and this node serves it.
+    #[error("the memory of VMs is not served as a file here")]
+    NoFile,
 }
 
 /// The server of one VM's memory. The VM must have ended before this is stopped or dropped: a page
@@ -42,6 +47,8 @@ pub enum MemoryError {
 #[derive(Debug)]
 pub struct ServedMemory {
     handler: Arc<Handler>,
+    /// The connection, of a VMM that keeps it.
+    connection: Option<CancellationToken>,
 }
 
 /// Serves what comes through `connection` while the VMM loads its state.
@@ -55,15 +62,19 @@ pub fn serve(
         let stream = UnixStream::from_std(stream).map_err(MemoryError::Connection)?;
         let handshake = Handshake::receive(stream, source.size(), HANDSHAKE_LIMIT).await?;
         let handler = Handler::start(handshake, source, Config::default())?;
-        Ok(ServedMemory { handler: Arc::new(handler) })
+        Ok(ServedMemory { handler: Arc::new(handler), connection: None })
     })
 }
 
-/// The server that [`serve`] started.
+/// The server that [`serve`] started, once the VMM has loaded its state.
 pub async fn finish(
     serving: JoinHandle<Result<ServedMemory, MemoryError>>,
 ) -> Result<ServedMemory, MemoryError> {
-    serving.await.unwrap_or_else(|e| Err(MemoryError::Connection(std::io::Error::other(e))))
+    let served = serving.await.unwrap_or_else(|e| Err(MemoryError::Connection(std::io::Error::other(e))));
+    served.map(|memory| {
+        let connection = memory.handler.disconnected();
+        ServedMemory { connection: (!connection.is_cancelled()).then_some(connection), ..memory }
+    })
 }
 
 impl ServedMemory {
@@ -83,12 +94,24 @@ impl ServedMemory {
 
     /// Resolves when the memory can be served no longer, with the reason; the VM must be killed
     /// then. A VM that ends by itself is not such a reason.
-    pub fn failed(&self) -> impl Future<Output = Arc<HandlerError>> + Send + 'static {
-        let handler = self.handler.clone();
+    pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
+        let (handler, connection) = (self.handler.clone(), self.connection.clone());
         async move {
-            match handler.ended().await {
-                Err(e) => e,
-                Ok(End::Exited | End::Disconnected | End::Stopped) => std::future::pending().await,
+            let lost = async {
+                match &connection {
+                    Some(connection) => connection.cancelled().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let failed = async {
+                match handler.ended().await {
+                    Err(e) => e,
+                    Ok(End::Exited | End::Disconnected | End::Stopped) => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                e = failed => e.to_string(),
+                () = lost => "the connection of its memory was lost".to_owned(),
             }
         }
     }

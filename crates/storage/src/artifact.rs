@@ -96,17 +96,20 @@ pub enum Artifact {
     Snapfile,
     /// What the build is: see the `template` crate. Every build has it.
     Metadata,
+    /// What the others must add up to. The store makes it when it publishes a build.
+    Checksums,
 }
 
 impl Artifact {
-    /// Every artifact, in the order of the contract.
-    pub const ALL: [Self; 6] = [
+    /// Every artifact, in the order of the contract; what is ours alone comes last.
+    pub const ALL: [Self; 7] = [
         Self::Rootfs,
         Self::RootfsHeader,
         Self::Memfile,
         Self::MemfileHeader,
         Self::Snapfile,
         Self::Metadata,
+        Self::Checksums,
     ];
 
     /// The artifact's file name within its build's directory.
@@ -118,6 +121,7 @@ impl Artifact {
             Self::MemfileHeader => "memfile.header",
             Self::Snapfile => "snapfile",
             Self::Metadata => "metadata.json",
+            Self::Checksums => "checksums",
         }
     }
 }

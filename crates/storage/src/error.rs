@@ -53,6 +53,14 @@ pub enum StorageError {
         /// The name in question.
         name: std::ffi::OsString,
     },
+    /// An artifact's bytes are not those that were published.
+    #[error(transparent)]
+    Damaged(#[from] Damaged),
+    /// The build has no sums to check its artifacts by.
+    #[error(
+        "build {0} has no checksums, as an older nidus made it; it cannot be used, build the template again (nidus template build)"
+    )]
+    Unchecked(BuildId),
     /// The object store.
     #[error(transparent)]
     Remote(#[from] RemoteError),
@@ -74,9 +82,67 @@ impl StorageError {
         }
     }
 
+    /// Whether the build cannot be used as it is, now or later.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged(_) | Self::Unchecked(_))
+    }
+
     /// Whether the cause is a full disk.
     pub fn is_disk_full(&self) -> bool {
         matches!(self, Self::DiskFull { .. })
+    }
+}
+
+/// An artifact whose bytes are not those that were published.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{artifact} of build {build} is damaged{what}")]
+pub struct Damaged {
+    /// The build.
+    pub build: BuildId,
+    /// Which of its artifacts.
+    pub artifact: Artifact,
+    what: Damage,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+enum Damage {
+    #[error(" at offset {0}: the checksum is wrong")]
+    Block(u64),
+    #[error(": it has {found} bytes instead of {expected}")]
+    Length { found: u64, expected: u64 },
+    #[error(": it is missing")]
+    Missing,
+    #[error(": {0}")]
+    Sums(&'static str),
+}
+
+impl Damaged {
+    /// A block whose checksum is wrong.
+    pub(crate) fn block(build: BuildId, artifact: Artifact, offset: u64) -> Self {
+        Self { build, artifact, what: Damage::Block(offset) }
+    }
+
+    /// A file that was cut or extended.
+    pub(crate) fn length(build: BuildId, artifact: Artifact, found: u64, expected: u64) -> Self {
+        Self { build, artifact, what: Damage::Length { found, expected } }
+    }
+
+    /// An artifact that is not there.
+    pub(crate) fn missing(build: BuildId, artifact: Artifact) -> Self {
+        Self { build, artifact, what: Damage::Missing }
+    }
+
+    /// Sums that cannot be used.
+    pub(crate) fn sums(build: BuildId, why: &'static str) -> Self {
+        Self { build, artifact: Artifact::Checksums, what: Damage::Sums(why) }
+    }
+
+    /// Where the damaged block begins, in bytes, if one was found.
+    pub fn offset(&self) -> Option<u64> {
+        match self.what {
+            Damage::Block(offset) => Some(offset),
+            _ => None,
+        }
     }
 }
 

@@ -1,17 +1,22 @@
 //! The store over a local directory: `{root}/{build id}/{artifact}`.
 
 use std::{
+    collections::HashMap,
     fs::{self, DirBuilder},
     io,
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
+use parking_lot::{Mutex, RwLock};
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::{Artifact, BuildId, StagedBuild, StorageError, error::blocking};
+use crate::{
+    Artifact, ArtifactFile, BuildId, StagedBuild, StorageError, checked, checksums::Checksums,
+    error::blocking,
+};
 
 /// Holds what is being written or removed. Its name is no build id, and it lies beside the builds
 /// so that a rename between the two never crosses a file system.
@@ -21,6 +26,10 @@ const STAGING: &str = ".staging";
 #[derive(Debug, Clone)]
 pub struct LocalStore {
     root: Arc<Path>,
+    /// Those of builds in use: a template's are a thousandth of its size, and all its sandboxes'.
+    sums: Arc<Mutex<HashMap<BuildId, Weak<Checksums>>>>,
+    /// Held shared while an artifact and its sums are opened, exclusively while a build is replaced.
+    swaps: Arc<RwLock<()>>,
 }
 
 impl LocalStore {
@@ -42,7 +51,7 @@ impl LocalStore {
                 .map_err(|e| StorageError::io("set the mode of", dir, e))?;
         }
         let root = fs::canonicalize(root).map_err(|e| StorageError::io("resolve", root, e))?;
-        Ok(Self { root: root.into() })
+        Ok(Self { root: root.into(), sums: Arc::default(), swaps: Arc::default() })
     }
 
     /// The store's directory.
@@ -85,6 +94,50 @@ impl LocalStore {
         .await
     }
 
+    /// Opens an artifact of a published build for reading. Blocks.
+    ///
+    /// Fails with [`StorageError::NotFound`] if there is no such build, with
+    /// [`StorageError::Unchecked`] if it was published without sums, with [`StorageError::Damaged`] if
+    /// the artifact is missing or not as long as it was.
+    pub fn open_artifact(&self, build: BuildId, artifact: Artifact) -> Result<ArtifactFile, StorageError> {
+        if !is_there(&self.dir(build))? {
+            return Err(StorageError::NotFound(build));
+        }
+        let _no_swap = self.swaps.read();
+        ArtifactFile::open(self.path(build, artifact), artifact, self.sums(build)?)
+    }
+
+    /// Opens all artifacts of a published build as they are at one time, whether or not the build is
+    /// replaced afterwards. Blocks.
+    ///
+    /// Fails as [`LocalStore::open_artifact`] does.
+    pub(crate) fn open_build(&self, build: BuildId) -> Result<Vec<ArtifactFile>, StorageError> {
+        if !is_there(&self.dir(build))? {
+            return Err(StorageError::NotFound(build));
+        }
+        let _no_swap = self.swaps.read();
+        let sums = self.sums(build)?;
+        let all = sums.artifacts.iter().map(|(artifact, _)| *artifact);
+        all.map(|a| ArtifactFile::open(self.path(build, a), a, sums.clone())).collect()
+    }
+
+    /// Reads a small artifact of a published build as a whole, and checks it.
+    pub async fn read(&self, build: BuildId, artifact: Artifact) -> Result<Vec<u8>, StorageError> {
+        let store = self.clone();
+        blocking("read an artifact", move || store.open_artifact(build, artifact)?.read_all()).await
+    }
+
+    fn sums(&self, build: BuildId) -> Result<Arc<Checksums>, StorageError> {
+        if let Some(sums) = self.sums.lock().get(&build).and_then(Weak::upgrade) {
+            return Ok(sums);
+        }
+        let sums = Arc::new(checked::load(build, &self.path(build, Artifact::Checksums))?);
+        let mut all = self.sums.lock();
+        all.retain(|_, sums| sums.strong_count() > 0);
+        all.insert(build, Arc::downgrade(&sums));
+        Ok(sums)
+    }
+
     /// Begins to write a build, in a staging directory (mode 0700) of its own.
     ///
     /// Fails with [`StorageError::AlreadyExists`] if the build is already published. Two stagings
@@ -98,14 +151,35 @@ impl LocalStore {
             if is_there(&store.path(build, Artifact::Metadata))? {
                 return Err(StorageError::AlreadyExists(build));
             }
-            let dir = store.fresh_staging(build);
-            DirBuilder::new()
-                .mode(0o700)
-                .create(&dir)
-                .map_err(|e| StorageError::io("create the directory", &dir, e))?;
-            Ok(StagedBuild::new(build, dir, store.dir(build)))
+            store.new_staging(build)
         })
         .await
+    }
+
+    /// Begins to write a published build again: with the same contents, stored in another way. Blocks.
+    pub fn stage_again(&self, build: BuildId) -> Result<StagedBuild, StorageError> {
+        if !is_there(&self.path(build, Artifact::Metadata))? {
+            return Err(StorageError::NotFound(build));
+        }
+        self.new_staging(build)
+    }
+
+    /// Publishes what [`LocalStore::stage_again`] began, in the place of what is there: all or nothing,
+    /// for everyone who opens an artifact from then on. Blocks.
+    pub fn replace(&self, staged: StagedBuild) -> Result<(), StorageError> {
+        let build = staged.build();
+        staged.replace(|| {
+            let swap = self.swaps.write();
+            self.sums.lock().remove(&build);
+            swap
+        })
+    }
+
+    fn new_staging(&self, build: BuildId) -> Result<StagedBuild, StorageError> {
+        let dir = self.staging_name(build);
+        let made = DirBuilder::new().mode(0o700).create(&dir);
+        made.map_err(|e| StorageError::io("create the directory", &dir, e))?;
+        Ok(StagedBuild::new(build, dir, self.dir(build)))
     }
 
     /// Removes a published build. It is gone for everyone at once; files that are open or mapped
@@ -116,12 +190,13 @@ impl LocalStore {
         let store = self.clone();
         blocking("remove a build", move || {
             let from = store.dir(build);
-            let doomed = store.fresh_staging(build);
+            let doomed = store.staging_name(build);
             match fs::rename(&from, &doomed) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(StorageError::NotFound(build)),
                 Err(e) => return Err(StorageError::io("unpublish", &from, e)),
             }
+            store.sums.lock().remove(&build);
             fs::remove_dir_all(&doomed).map_err(|e| StorageError::io("remove", &doomed, e))
         })
         .await
@@ -153,7 +228,7 @@ impl LocalStore {
         .await
     }
 
-    fn fresh_staging(&self, build: BuildId) -> PathBuf {
+    fn staging_name(&self, build: BuildId) -> PathBuf {
         self.root.join(STAGING).join(format!("{build}-{}", Uuid::new_v4().simple()))
     }
 }

@@ -15,7 +15,11 @@ use nix::{
 };
 use tracing::warn;
 
-use crate::{Artifact, BuildId, StorageError, error::blocking};
+use crate::{
+    Artifact, BuildId, StorageError,
+    checksums::{Checksums, Sums},
+    error::blocking,
+};
 
 /// A build that is being written. Dropping it without [`StagedBuild::commit`] removes what was
 /// written.
@@ -52,15 +56,7 @@ impl StagedBuild {
     pub async fn write(&self, artifact: Artifact, contents: impl Into<Vec<u8>>) -> Result<(), StorageError> {
         let path = self.path(artifact);
         let contents = contents.into();
-        blocking("write an artifact", move || {
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .open(&path)
-                .map_err(|e| StorageError::io("create", &path, e))?;
-            file.write_all(&contents).map_err(|e| StorageError::io("write", &path, e))
-        })
-        .await
+        blocking("write an artifact", move || create(&path, &contents)).await
     }
 
     /// Publishes the build: files become read-only (0444) and ours, everything is flushed to the
@@ -69,24 +65,65 @@ impl StagedBuild {
     /// Writers must have closed their files: the mode does not stop those who have one open.
     /// Fails with [`StorageError::AlreadyExists`] if another was first, with
     /// [`StorageError::Incomplete`] without a `metadata.json`, with [`StorageError::Unexpected`] if
-    /// the directory holds anything that is not an artifact. On failure the staging directory is
+    /// the directory holds anything that is not an artifact. The sums of all artifacts are published
+    /// with them. On failure the staging directory is
     /// removed. Once begun it runs to its end even if the returned future is dropped.
     pub async fn commit(self) -> Result<(), StorageError> {
         blocking("publish a build", move || self.commit_blocking()).await
     }
 
+    /// The artifacts that a build's maker writes.
+    fn writable(&self) -> impl Iterator<Item = Artifact> + use<> {
+        Artifact::ALL.into_iter().filter(|a| *a != Artifact::Checksums)
+    }
+
+    fn write_sums(&self, sums: &Checksums) -> Result<(), StorageError> {
+        let path = self.path(Artifact::Checksums);
+        create(&path, &sums.to_bytes())?;
+        seal(&path).map(drop)
+    }
+
     fn commit_blocking(mut self) -> Result<(), StorageError> {
+        self.seal_all()?;
+        match rename(&self.dir, &self.target, RenameFlags::RENAME_NOREPLACE) {
+            Ok(()) => self.published = true,
+            Err(Errno::EEXIST | Errno::ENOTEMPTY) => return Err(StorageError::AlreadyExists(self.build)),
+            Err(e) => return Err(StorageError::io("publish", &self.target, e.into())),
+        }
+        self.sync_root()
+    }
+
+    /// Puts the build in the place of the published one with its id, at once for everyone, while
+    /// `swap` is held. What it replaces is removed; files of it that are open stay readable. Blocks.
+    pub(crate) fn replace<T>(self, swap: impl FnOnce() -> T) -> Result<(), StorageError> {
+        self.seal_all()?;
+        let held = swap();
+        match rename(&self.dir, &self.target, RenameFlags::RENAME_EXCHANGE) {
+            Ok(()) => {}
+            Err(Errno::ENOENT) => return Err(StorageError::NotFound(self.build)),
+            Err(e) => return Err(StorageError::io("replace", &self.target, e.into())),
+        }
+        drop(held);
+        // What was published is in the staging directory now, and goes with it.
+        self.sync_root()
+    }
+
+    /// Makes all that was written durable and adds the sums.
+    fn seal_all(&self) -> Result<(), StorageError> {
         for entry in fs::read_dir(&self.dir).map_err(|e| StorageError::io("list", &self.dir, e))? {
             let name = entry.map_err(|e| StorageError::io("list", &self.dir, e))?.file_name();
-            if !Artifact::ALL.iter().any(|a| name == *a.file_name()) {
+            if !self.writable().any(|a| name == *a.file_name()) {
                 return Err(StorageError::Unexpected { build: self.build, name });
             }
         }
-        for artifact in Artifact::ALL {
+        let mut sums = Checksums { build: self.build, artifacts: Vec::new() };
+        for artifact in self.writable() {
             let path = self.path(artifact);
             match fs::symlink_metadata(&path) {
                 // A link would let whoever made it change the artifact later, from outside.
-                Ok(meta) if meta.is_file() && meta.nlink() == 1 => seal(&path)?,
+                Ok(meta) if meta.is_file() && meta.nlink() == 1 => {
+                    sums.artifacts.push((artifact, seal(&path)?));
+                }
                 Ok(_) => {
                     return Err(StorageError::Unexpected {
                         build: self.build,
@@ -100,14 +137,13 @@ impl StagedBuild {
                 Err(e) => return Err(StorageError::io("inspect", &path, e)),
             }
         }
+        self.write_sums(&sums)?;
         fs::set_permissions(&self.dir, Permissions::from_mode(0o755))
             .map_err(|e| StorageError::io("set the mode of", &self.dir, e))?;
-        sync_dir(&self.dir)?;
-        match rename_noreplace(&self.dir, &self.target) {
-            Ok(()) => self.published = true,
-            Err(Errno::EEXIST | Errno::ENOTEMPTY) => return Err(StorageError::AlreadyExists(self.build)),
-            Err(e) => return Err(StorageError::io("publish", &self.target, e.into())),
-        }
+        sync_dir(&self.dir)
+    }
+
+    fn sync_root(&self) -> Result<(), StorageError> {
         match self.target.parent() {
             Some(root) => sync_dir(root),
             None => Ok(()),
@@ -128,8 +164,15 @@ impl Drop for StagedBuild {
     }
 }
 
-/// Makes a file ours, read-only and durable.
-fn seal(path: &Path) -> Result<(), StorageError> {
+/// Writes a file that must not exist yet.
+fn create(path: &Path, contents: &[u8]) -> Result<(), StorageError> {
+    let file = OpenOptions::new().write(true).create_new(true).open(path);
+    let mut file = file.map_err(|e| StorageError::io("create", path, e))?;
+    file.write_all(contents).map_err(|e| StorageError::io("write", path, e))
+}
+
+/// Makes a file ours, read-only and durable; returns the sums of its blocks.
+fn seal(path: &Path) -> Result<Sums, StorageError> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(O_NOFOLLOW)
@@ -143,7 +186,10 @@ fn seal(path: &Path) -> Result<(), StorageError> {
     }
     file.set_permissions(Permissions::from_mode(0o444))
         .map_err(|e| StorageError::io("set the mode of", path, e))?;
-    file.sync_all().map_err(|e| StorageError::io("flush to the disk", path, e))
+    // Before the disk is waited for: what was just written is still in the page cache.
+    let sums = Sums::of(&file).map_err(|e| StorageError::io("read", path, e))?;
+    file.sync_all().map_err(|e| StorageError::io("flush to the disk", path, e))?;
+    Ok(sums)
 }
 
 fn sync_dir(dir: &Path) -> Result<(), StorageError> {
@@ -151,11 +197,11 @@ fn sync_dir(dir: &Path) -> Result<(), StorageError> {
 }
 
 /// Renames a directory, never onto another.
-fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Errno> {
-    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+fn rename(from: &Path, to: &Path, how: RenameFlags) -> Result<(), Errno> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, how) {
         // The file system lacks the flag. A plain rename replaces an empty directory at most,
         // which no build is.
-        Err(Errno::EINVAL) => {
+        Err(Errno::EINVAL) if how == RenameFlags::RENAME_NOREPLACE => {
             fs::rename(from, to).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or_default()))
         }
         result => result,

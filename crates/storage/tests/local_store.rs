@@ -52,6 +52,7 @@ async fn a_build_appears_whole_and_read_only_when_committed() {
         (store.dir(build), 0o755),
         (store.path(build, Artifact::Rootfs), 0o444),
         (store.path(build, Artifact::Metadata), 0o444),
+        (store.path(build, Artifact::Checksums), 0o444),
     ] {
         let meta = fs::metadata(&path).unwrap();
         assert_eq!(meta.mode() & 0o7777, mode, "{}", path.display());
@@ -105,6 +106,11 @@ async fn what_is_not_a_build_is_refused() {
     fs::write(extra.dir().join("qmp.sock"), "").unwrap();
     assert!(matches!(extra.commit().await, Err(StorageError::Unexpected { .. })));
 
+    // Sums are the store's to make.
+    let summed = stage(&store, build, "{}").await;
+    summed.write(Artifact::Checksums, "x").await.unwrap();
+    assert!(matches!(summed.commit().await, Err(StorageError::Unexpected { .. })));
+
     assert!(matches!(store.stage(BuildId::NIL).await, Err(StorageError::NilId)));
     assert!(store.list().await.unwrap().is_empty());
     assert!(staging_is_empty(&store));
@@ -124,6 +130,34 @@ async fn removing_frees_the_id_and_keeps_open_files_readable() {
     assert!(matches!(store.remove(build).await, Err(StorageError::NotFound(_))));
     stage(&store, build, "again").await.commit().await.unwrap();
     assert!(staging_is_empty(&store));
+}
+
+#[tokio::test]
+async fn a_small_artifact_is_read_whole_or_not_at_all() {
+    let (_dir, store) = store();
+    let build = BuildId::random();
+    stage(&store, build, "contents").await.commit().await.unwrap();
+    assert_eq!(store.read(build, Artifact::Metadata).await.unwrap(), b"contents");
+    let missing = store.read(build, Artifact::Snapfile).await.unwrap_err();
+    assert!(matches!(missing, StorageError::Damaged(_)), "{missing}");
+    assert_eq!(missing.to_string(), format!("snapfile of build {build} is damaged: it is missing"));
+    let other = BuildId::random();
+    assert!(
+        matches!(store.read(other, Artifact::Metadata).await, Err(StorageError::NotFound(b)) if b == other)
+    );
+
+    let path = store.path(build, Artifact::Metadata);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(&path, "contentz").unwrap();
+    let flipped = store.read(build, Artifact::Metadata).await.unwrap_err().to_string();
+    assert_eq!(
+        flipped,
+        format!("metadata.json of build {build} is damaged at offset 0: the checksum is wrong")
+    );
+    // A build that was removed and published again has other sums.
+    store.remove(build).await.unwrap();
+    stage(&store, build, "new").await.commit().await.unwrap();
+    assert_eq!(store.read(build, Artifact::Metadata).await.unwrap(), b"new");
 }
 
 #[tokio::test]

@@ -25,6 +25,8 @@ pub struct ColdBoot {
     pub vcpus: u32,
     /// MiB.
     pub memory_mb: u32,
+    /// Whether in pages of 2 MiB.
+    pub huge_pages: bool,
     /// Root disk; the guest's writes are in it afterwards.
     pub rootfs: PathBuf,
     /// Made here; holds the guest's memory afterwards.
@@ -94,7 +96,7 @@ async fn with_slot(
             mac: nidus_network::GUEST_MAC.to_owned(),
             uid,
             limits: limits(cold.vcpus, cold.memory_mb),
-            huge_pages: false,
+            huge_pages: cold.huge_pages,
             track_dirty: false,
             advance_clock: false,
         };

@@ -72,6 +72,8 @@ pub struct BuildRequest {
     pub disk_mb: u32,
     /// Root file system.
     pub source: Source,
+    /// The memory consists of pages of 2 MiB, out of the host's pool of them.
+    pub huge_pages: bool,
 }
 
 impl BuildRequest {
@@ -271,6 +273,7 @@ impl Builder {
             boot: nidus_vmm::Boot { kernel: image, initrd, cmdline },
             vcpus: request.vcpu,
             memory_mb: request.memory_mb,
+            huge_pages: request.huge_pages,
             rootfs: staged.path(Artifact::Rootfs),
             memfile: staged.path(Artifact::Memfile),
             snapfile: staged.path(Artifact::Snapfile),
@@ -340,6 +343,7 @@ impl Builder {
             vcpu: request.vcpu,
             memory_mb: request.memory_mb,
             disk_mb: request.disk_mb,
+            huge_pages: request.huge_pages,
             envd_version: nidus_envd_protocol::ENVD_VERSION.to_owned(),
             parent: None,
             base: None,
@@ -379,6 +383,7 @@ mod tests {
             memory_mb: 512,
             disk_mb: 2048,
             source: Source::Debian { suite: "bookworm".into() },
+            huge_pages: false,
         };
         assert!(good.check().is_ok());
         let text = |r: BuildRequest| r.check().unwrap_err().to_string();

@@ -21,6 +21,7 @@ const DRAIN_TIME: Duration = Duration::from_secs(5);
 pub struct DiskServer {
     task: JoinHandle<()>,
     stop: CancellationToken,
+    lost: CancellationToken,
 }
 
 impl DiskServer {
@@ -31,14 +32,23 @@ impl DiskServer {
     pub fn start(device: Arc<dyn BlockDevice>) -> Result<(Self, OwnedFd), VmmError> {
         let (ours, theirs) = nidus_vmm::process::socket_pair()?;
         let stream = UnixStream::from_std(ours).map_err(|e| VmmError::io("use the disk's socket", e))?;
-        let stop = CancellationToken::new();
-        let (export, token) = (Export::new(EXPORT, device), stop.clone());
+        let (stop, lost) = (CancellationToken::new(), CancellationToken::new());
+        let export = Export::new(EXPORT, device);
+        let (stopping, losing) = (stop.clone(), lost.clone());
         let task = tokio::spawn(async move {
-            if let Err(error) = serve(stream, &export, &token).await {
+            if let Err(error) = serve(stream, &export, &stopping).await {
                 tracing::debug!(%error, "the VMM left its disk");
             }
+            if !stopping.is_cancelled() {
+                losing.cancel();
+            }
         });
-        Ok((Self { task, stop }, theirs))
+        Ok((Self { task, stop, lost }, theirs))
+    }
+
+    /// Cancelled when the connection has ended although nobody shut it down.
+    pub fn lost(&self) -> CancellationToken {
+        self.lost.clone()
     }
 
     /// Lets requests in flight finish and closes the connection.

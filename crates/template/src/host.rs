@@ -76,6 +76,16 @@ impl VmHost {
         Ok(Self { vmm, network, uid_base, devices })
     }
 
+    /// Takes back the kernel block devices of killed daemons of the same `instance`; their VMs cannot
+    /// end before. A host that has none has nothing to take back.
+    pub async fn reclaim(instance: &str) {
+        match DevicePool::reclaim(PoolConfig::new(instance)).await {
+            Ok(0) => {}
+            Ok(devices) => tracing::warn!(devices, "took back block devices of an earlier daemon"),
+            Err(e) => tracing::debug!("no block devices to take back: {e}"),
+        }
+    }
+
     /// Serves `device` in the form that the VMM wants.
     pub async fn attach(&self, device: Arc<dyn BlockDevice>) -> Result<(RootDisk, Disk), DiskError> {
         match self.vmm.needs().disk {
@@ -123,11 +133,10 @@ pub enum RootDisk {
 }
 
 impl RootDisk {
-    /// Cancelled when the VMM can use it no more although it has it; never for a socket, whose end
-    /// the VMM sees itself.
+    /// Cancelled when the VMM can use it no more although it has it.
     pub fn lost(&self) -> CancellationToken {
         match self {
-            Self::Socket(_) => CancellationToken::new(),
+            Self::Socket(server) => server.lost(),
             Self::Device(device) => device.lost(),
         }
     }

@@ -24,6 +24,9 @@ pub struct TemplateMetadata {
     pub memory_mb: u32,
     /// Size of the root disk in MiB.
     pub disk_mb: u32,
+    /// The guest's memory consists of pages of 2 MiB.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub huge_pages: bool,
     /// Version of the envd inside.
     pub envd_version: String,
     /// The build that was resumed and then paused as this one; none for a template.
@@ -112,6 +115,7 @@ mod tests {
             vcpu: 1,
             memory_mb: 512,
             disk_mb: 1024,
+            huge_pages: false,
             envd_version: "0.1.0".into(),
             parent: None,
             base: None,

@@ -45,18 +45,13 @@ impl Vm {
         let initramfs = initramfs(image, spec)?;
         let (channel, far_end) = UnixStream::pair().context("make the agent's channel")?;
         let far_end = OwnedFd::from(far_end);
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = image.emulator();
         let number = |fd: &OwnedFd| fd.as_raw_fd();
         arguments(&mut command, image, size, spec, number(&initramfs), number(&far_end));
         inherit(&mut command, vec![number(&initramfs), number(&far_end)]);
         die_with_parent(&mut command);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut qemu = command.spawn().map_err(|e| match e.kind() {
-            ErrorKind::NotFound => {
-                anyhow::anyhow!("qemu-system-x86_64 is missing; run 'make setup' or install qemu-system-x86")
-            }
-            _ => anyhow::Error::new(e).context("start QEMU"),
-        })?;
+        let mut qemu = command.spawn().context("start the image's QEMU")?;
         let console = Arc::default();
         if let Some(pipe) = qemu.stdout.take() {
             keep(pipe, Arc::clone(&console), show_console);

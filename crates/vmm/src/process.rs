@@ -1,6 +1,6 @@
 //! Starting a confined VMM process and knowing when it ends.
 //!
-//! Confinement: own user and group id, no supplementary groups but those asked for, no
+//! Confinement: own user and group id, no supplementary groups, no
 //! capabilities and none to be had (empty bounding set, no new privileges), its own network namespace,
 //! a root file system of its own where the driver makes one, cgroup limits, a bounded number of
 //! open files, nothing inherited but what is named, no core dumps, killed with the daemon (PR_SET_PDEATHSIG,
@@ -36,8 +36,6 @@ pub struct Spawn {
     pub netns: OwnedFd,
     /// User and group id.
     pub uid: u32,
-    /// Supplementary groups (that of /dev/kvm, say).
-    pub groups: Vec<u32>,
     /// cgroup.procs files to join.
     pub cgroup_procs: Vec<PathBuf>,
     /// Root file system to enter; `program` is a path in it then.
@@ -223,7 +221,7 @@ fn drain(mut errors: impl Read + AsFd, mut log: Option<File>, tail: &Tail) {
 const CAPABILITIES: libc::c_ulong = 63;
 
 fn fork(spawn: Spawn) -> io::Result<Child> {
-    let Spawn { program, args, keep, netns, uid, groups, cgroup_procs, jail, stdout, log, max_files } = spawn;
+    let Spawn { program, args, keep, netns, uid, cgroup_procs, jail, stdout, log, max_files } = spawn;
     drop(log);
     let keep_raw: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     let netns_raw = netns.as_raw_fd();
@@ -259,7 +257,7 @@ fn fork(spawn: Spawn) -> io::Result<Child> {
                     break; // The kernel has no more (or this container may not).
                 }
             }
-            check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+            check(libc::setgroups(0, std::ptr::null()))?;
             check(libc::setresgid(uid, uid, uid))?;
             check(libc::setresuid(uid, uid, uid))?;
             check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;

@@ -8,17 +8,23 @@ impl Header {
     /// The header of `build`, which differs from this one's build in the ranges of `changed`:
     /// ascending and apart, each stored where it says (or by nobody, if it became zeros).
     pub fn child(&self, build: BuildId, changed: &[Mapping]) -> Result<Self, HeaderError> {
-        check_order(changed, padded(self.size, self.block_size)?)?;
-        let mut mappings = Vec::with_capacity(self.mappings.len() + 2 * changed.len());
+        let generation = self.generation.saturating_add(1);
+        Self { generation, build, ..self.relocated(changed)? }.checked()
+    }
+
+    /// The header of the same build with the ranges of `moved`, ascending and apart, stored where
+    /// those say.
+    pub fn relocated(&self, moved: &[Mapping]) -> Result<Self, HeaderError> {
+        check_order(moved, padded(self.size, self.block_size)?)?;
+        let mut mappings = Vec::with_capacity(self.mappings.len() + 2 * moved.len());
         let mut at = 0;
-        for change in changed {
-            extents(&self.mappings, at..change.offset).for_each(|m| append(&mut mappings, m));
-            append(&mut mappings, *change);
-            at = change.end();
+        for m in moved {
+            extents(&self.mappings, at..m.offset).for_each(|m| append(&mut mappings, m));
+            append(&mut mappings, *m);
+            at = m.end();
         }
         extents(&self.mappings, at..u64::MAX).for_each(|m| append(&mut mappings, m));
-        let generation = self.generation.saturating_add(1);
-        Self { generation, build, mappings, ..self.clone() }.checked()
+        Self { mappings, ..self.clone() }.checked()
     }
 }
 

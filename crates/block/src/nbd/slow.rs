@@ -52,9 +52,10 @@ impl Context {
             BlockError::NoSpace { .. } => (Errno::NoSpace, "no space left on the host's disk"),
             BlockError::OutOfRange { .. } => (Errno::Invalid, "beyond the end of the device"),
             BlockError::Shutdown => (Errno::Shutdown, "the server is shutting down"),
-            BlockError::Truncated { .. } | BlockError::Io { .. } => {
-                (Errno::Io, "input/output error on the host")
-            }
+            BlockError::Truncated { .. }
+            | BlockError::Io { .. }
+            | BlockError::Storage(_)
+            | BlockError::Header(_) => (Errno::Io, "input/output error on the host"),
         };
         if self.warned.swap(true, Ordering::Relaxed) {
             debug!(?request, %error, "a request failed");

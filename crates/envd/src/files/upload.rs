@@ -113,7 +113,8 @@ async fn form(
     state: &State,
 ) -> Result<Vec<Written>, HttpError> {
     let bad = |e: multer::Error| HttpError::bad_request(format!("cannot read the form: {e}"));
-    let mut form = multer::Multipart::new(bytes, boundary);
+    let mut bytes = Box::pin(bytes);
+    let mut form = multer::Multipart::new(&mut bytes, boundary);
     let mut written: Vec<Written> = Vec::new();
     while let Some(field) = form.next_field().await.map_err(bad)? {
         if field.name() != Some("file") {
@@ -138,6 +139,10 @@ async fn form(
         }
         written.push(write(path, user, metadata.clone(), field.map_err(io::Error::other), false).await?);
     }
+    // The form has an end of its own, before that of the body. What is left unread of a body would end the
+    // connection, under the client's next request.
+    drop(form);
+    while bytes.next().await.is_some_and(|piece| piece.is_ok()) {}
     Ok(written)
 }
 

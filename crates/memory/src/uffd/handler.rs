@@ -139,6 +139,7 @@ impl Handler {
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),
             outcome: watch::Sender::new(None),
+            disconnected: CancellationToken::new(),
             uffd,
             layout,
             page,
@@ -172,6 +173,12 @@ impl Handler {
             // Cannot be: `self` holds the sender.
             Err(_) => Ok(End::Stopped),
         }
+    }
+
+    /// Cancelled when the VMM's end of the connection was closed while its process is known: some versions
+    /// of Firecracker do that as soon as they have handed their memory over, others keep it for life.
+    pub fn disconnected(&self) -> CancellationToken {
+        self.vm.disconnected.clone()
     }
 
     /// Stops it and waits until its threads and tasks have ended; says how it ended. The VM must be

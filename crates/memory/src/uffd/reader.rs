@@ -64,14 +64,12 @@ impl Reader {
         add(&epoll, &vm.bell, EventData::new_u64(token::BELL), EventFlags::IN)?;
         add(&epoll, &vm.halt, EventData::new_u64(token::HALT), EventFlags::IN)?;
         if first {
-            match &vm.process {
-                Some(process) => {
-                    add(&epoll, process.as_fd(), EventData::new_u64(token::PROCESS), EventFlags::IN)?;
-                }
-                // Some versions of Firecracker close it at once, others at their end: it says
-                // something only where nothing else does.
-                None => add(&epoll, vm.stream.as_fd(), EventData::new_u64(token::STREAM), EventFlags::RDHUP)?,
+            if let Some(process) = &vm.process {
+                add(&epoll, process.as_fd(), EventData::new_u64(token::PROCESS), EventFlags::IN)?;
             }
+            // Once: some versions of Firecracker close it at once, others at their end.
+            let closed = EventFlags::RDHUP | EventFlags::ONESHOT;
+            add(&epoll, vm.stream.as_fd(), EventData::new_u64(token::STREAM), closed)?;
         }
         let around = vm.config.around.max(1) * crate::PageSize::Small.bytes() as usize;
         let buffer = vec![0; around.max(vm.page)].into();
@@ -155,7 +153,8 @@ impl Reader {
                 token::MEMORY => ready.memory = true,
                 token::BELL => ready.bell = true,
                 token::PROCESS => return Err(Stop::Exited),
-                token::STREAM => return Err(Stop::Disconnected),
+                token::STREAM if self.vm.process.is_none() => return Err(Stop::Disconnected),
+                token::STREAM => self.vm.disconnected.cancel(),
                 // The halt: the caller looks.
                 _ => {}
             }

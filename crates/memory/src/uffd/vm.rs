@@ -121,6 +121,8 @@ pub(super) struct Vm {
     pub(super) tasks: TaskTracker,
     pub(super) cancel: CancellationToken,
     pub(super) outcome: watch::Sender<Option<Outcome>>,
+    /// The VMM, whose process is known, has closed its end of the stream.
+    pub(super) disconnected: CancellationToken,
 }
 
 impl Vm {

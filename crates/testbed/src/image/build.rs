@@ -10,13 +10,18 @@ use anyhow::{Context, Result, bail};
 use super::{modules, tool};
 
 /// Increased when the steps below change what the image holds.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 /// Debian's release in the machine.
 const SUITE: &str = "bookworm";
 /// It has a newer QEMU than the release.
 const BACKPORTS: &str = "bookworm-backports";
-/// What comes from there: QEMU 8.2 is the oldest that the QEMU driver takes.
-const FROM_BACKPORTS: &str = "qemu-* seabios ipxe-qemu";
+/// What comes from there: QEMU 8.2 is the oldest that the QEMU driver takes, and the kernel is the one
+/// of Debian's next release.
+const FROM_BACKPORTS: &str = "qemu-* seabios ipxe-qemu linux-image-*";
+/// The release and its backports that have the QEMU which emulates the machine: see docs/adr/0014.
+const EMULATOR_SUITE: &str = "trixie";
+const EMULATOR_BACKPORTS: &str = "trixie-backports";
+const EMULATOR_PACKAGES: &[&str] = &["qemu-system-x86", "seabios"];
 /// Everything that runs in the machine beside our own static programs.
 const PACKAGES: &[&str] = &[
     "linux-image-amd64",
@@ -41,6 +46,8 @@ const DISK_MB: u64 = 16 * 1024;
 /// What decides over the image's contents.
 pub fn recipe() -> Vec<&'static str> {
     let mut parts = vec![VERSION, SUITE, BACKPORTS, FROM_BACKPORTS, MODULE_OPTIONS];
+    parts.extend([EMULATOR_SUITE, EMULATOR_BACKPORTS]);
+    parts.extend(EMULATOR_PACKAGES);
     parts.extend(PACKAGES);
     parts.extend(modules::EARLY);
     parts
@@ -53,6 +60,7 @@ pub fn build(work: &Path) -> Result<()> {
     }
     fs::create_dir(work).with_context(|| format!("make {}", work.display()))?;
     let root = work.join("root");
+    emulator(&work.join("emulator"))?;
     packages(&root)?;
     settings(&root)?;
     kernel(&root, work)?;
@@ -65,21 +73,42 @@ pub fn build(work: &Path) -> Result<()> {
 }
 
 fn packages(root: &Path) -> Result<()> {
+    let without = ["man", "locale", "doc"].map(|d| format!("--dpkgopt=path-exclude=/usr/share/{d}/*"));
+    mmdebstrap(root, "minbase", [SUITE, BACKPORTS], FROM_BACKPORTS, PACKAGES, &without)
+}
+
+/// Unpacks the emulator with its libraries beside the disk. Nothing of it is installed or set up.
+fn emulator(root: &Path) -> Result<()> {
+    let suites = [EMULATOR_SUITE, EMULATOR_BACKPORTS];
+    let apt = ["--aptopt=APT::Install-Recommends \"false\"".to_owned()];
+    mmdebstrap(root, "extract", suites, "qemu-* seabios", EMULATOR_PACKAGES, &apt)
+}
+
+/// Fills the directory `root` with packages of a release, and with those that match `newer` of its backports.
+fn mmdebstrap(
+    root: &Path,
+    variant: &str,
+    [suite, backports]: [&str; 2],
+    newer: &str,
+    packages: &[&str],
+    options: &[String],
+) -> Result<()> {
     let archive = archive()?;
     let pin = format!(
-        "printf 'Package: {FROM_BACKPORTS}\\nPin: release n={BACKPORTS}\\nPin-Priority: 900\\n' \
+        "printf 'Package: {newer}\\nPin: release n={backports}\\nPin-Priority: 900\\n' \
          >\"$1/etc/apt/preferences.d/backports\""
     );
     let mut command = Command::new("mmdebstrap");
     command
-        .args(["--mode=root", "--variant=minbase", "--format=directory"])
+        .args(["--mode=root", "--format=directory"])
+        .arg(format!("--variant={variant}"))
         .arg(format!("--setup-hook={pin}"))
-        .arg(format!("--include={}", PACKAGES.join(",")))
-        .args(["man", "locale", "doc"].map(|d| format!("--dpkgopt=path-exclude=/usr/share/{d}/*")))
-        .arg(SUITE)
+        .arg(format!("--include={}", packages.join(",")))
+        .args(options)
+        .arg(suite)
         .arg(root)
-        .arg(format!("deb {archive} {SUITE} main"))
-        .arg(format!("deb {archive} {BACKPORTS} main"));
+        .arg(format!("deb {archive} {suite} main"))
+        .arg(format!("deb {archive} {backports} main"));
     // The other lines are the packages' own talk.
     tool::run(command, "mmdebstrap", |line| line.starts_with("I: "))
 }
@@ -123,7 +152,8 @@ fn kernel(root: &Path, work: &Path) -> Result<()> {
     fs::create_dir(&to).with_context(|| format!("make {}", to.display()))?;
     let mut order = String::new();
     for (i, file) in modules::early(&root.join("lib/modules").join(&version))?.iter().enumerate() {
-        let name = format!("{i:02}-{}", file.file_name().unwrap_or_default().to_string_lossy());
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let name = format!("{i:02}-{}", name.trim_end_matches(".xz"));
         copy(file, &to.join(&name))?;
         order.push_str(&name);
         order.push('\n');
@@ -131,8 +161,17 @@ fn kernel(root: &Path, work: &Path) -> Result<()> {
     fs::write(to.join("order"), order).with_context(|| format!("write to {}", to.display()))
 }
 
+/// Copies a file, and unpacks it if it is a compressed module.
 fn copy(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+    if from.extension().is_none_or(|e| e != "xz") {
+        fs::copy(from, to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+        return Ok(());
+    }
+    let file = fs::File::create_new(to).with_context(|| format!("make {}", to.display()))?;
+    let mut command = Command::new("xz");
+    command.arg("-dc").arg(from).stdout(file);
+    let status = command.status().with_context(|| format!("run xz on {}", from.display()))?;
+    anyhow::ensure!(status.success(), "xz could not unpack {} ({status})", from.display());
     Ok(())
 }
 

@@ -6,6 +6,7 @@ mod tool;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
@@ -18,7 +19,7 @@ const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
 /// A complete image.
 #[derive(Debug)]
 pub struct Image {
-    /// Holds `root.ext4`, `vmlinuz` and `modules/`.
+    /// Holds `root.ext4`, `vmlinuz`, `modules/` and `emulator/`.
     pub dir: PathBuf,
 }
 
@@ -31,6 +32,19 @@ impl Image {
     /// The kernel.
     pub fn kernel(&self) -> PathBuf {
         self.dir.join("vmlinuz")
+    }
+
+    /// A command that starts the image's own QEMU: its libraries are another release's than the host's, so
+    /// its own loader starts it.
+    pub fn emulator(&self) -> Command {
+        let root = self.dir.join("emulator/usr");
+        let libraries = root.join("lib/x86_64-linux-gnu");
+        let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
+        command.arg("--library-path").arg(&libraries).arg(root.join("bin/qemu-system-x86_64"));
+        for firmware in ["share/qemu", "share/seabios"] {
+            command.arg("-L").arg(root.join(firmware));
+        }
+        command
     }
 
     /// The modules that make the root disk readable, in the order of loading.

@@ -162,7 +162,6 @@ impl Firecracker {
             keep: Vec::new(),
             netns,
             uid,
-            groups: Vec::new(),
             cgroup_procs: cgroup.procs_files(),
             jail: Some(jail.entry()?),
             stdout,

@@ -38,6 +38,8 @@ pub struct Fds {
     pub qmp: RawFd,
     /// serial socket, when the console is kept
     pub serial: Option<RawFd>,
+    /// /dev/kvm, if that is the accelerator
+    pub kvm: Option<RawFd>,
 }
 
 /// What differs between VMs.
@@ -45,8 +47,6 @@ pub struct Fds {
 pub struct Machine<'a> {
     /// Shown in process lists.
     pub name: &'a str,
-    /// Accelerator.
-    pub accel: Accel,
     /// Virtual processors.
     pub vcpus: u32,
     /// MiB.
@@ -78,14 +78,16 @@ pub fn arguments(m: &Machine<'_>, fds: Fds) -> Vec<OsString> {
         "-machine",
         "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=ram,dump-guest-core=off,mem-merge=off".into(),
     );
-    match m.accel {
+    match fds.kvm {
         // A bounded translation cache: the default grows to a share of the host's memory.
-        Accel::Tcg => {
+        None => {
             add("-accel", "tcg,thread=multi,tb-size=64".into());
             add("-cpu", "max".into());
         }
-        Accel::Kvm => {
-            add("-accel", "kvm".into());
+        // An open file: the process's own user may have no right to the device.
+        Some(fd) => {
+            add("-add-fd", format!("fd={fd},set=1"));
+            add("-accel", "kvm,device=/dev/fdset/1".into());
             add("-cpu", "host".into());
         }
     }
@@ -137,16 +139,8 @@ mod tests {
     use super::*;
 
     fn text(shared: bool) -> String {
-        let m = Machine {
-            name: "x",
-            accel: Accel::Tcg,
-            vcpus: 1,
-            memory_mb: 256,
-            shared,
-            mac: "02:FC:00:00:00:05",
-            boot: None,
-        };
-        let fds = Fds { memory: 3, disk: 4, tap: 5, qmp: 6, serial: None };
+        let m = Machine { name: "x", vcpus: 1, memory_mb: 256, shared, mac: "02:FC:00:00:00:05", boot: None };
+        let fds = Fds { memory: 3, disk: 4, tap: 5, qmp: 6, serial: None, kvm: None };
         let args = arguments(&m, fds);
         args.iter().map(|a| a.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
     }

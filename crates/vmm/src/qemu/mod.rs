@@ -40,7 +40,6 @@ pub struct Qemu {
     program: PathBuf,
     version: String,
     accel: Accel,
-    kvm_group: Option<u32>,
     cgroups: CgroupRoot,
     /// Of the counter that guests see, where their kernels cannot be left to measure it.
     tsc_khz: Option<u64>,
@@ -53,15 +52,11 @@ impl Qemu {
     /// [`VmmError::NotInstalled`], [`VmmError::TooOld`].
     pub async fn new(program: &Path, accel: Accel, cgroups: CgroupRoot) -> Result<Self> {
         let (program, version) = probe::find(program).await?;
-        let kvm_group = match accel {
-            Accel::Kvm => probe::device_group(Path::new("/dev/kvm")),
-            Accel::Tcg => None,
-        };
         let tsc_khz = match accel {
             Accel::Kvm => None,
             Accel::Tcg => tokio::task::spawn_blocking(tsc::khz).await.unwrap_or_default(),
         };
-        Ok(Self { program, version, accel, kvm_group, cgroups, tsc_khz })
+        Ok(Self { program, version, accel, cgroups, tsc_khz })
     }
 
     async fn start(&self, config: VmConfig, boot: Option<&Boot>) -> Result<QemuVm> {
@@ -94,26 +89,31 @@ impl Qemu {
             None => None,
         };
         let memfile = OwnedFd::from(memfile);
-        let machine = Machine { name: &name, accel: self.accel, vcpus, memory_mb, shared, mac: &mac, boot };
+        let kvm = match self.accel {
+            Accel::Kvm => Some(open_kvm()?),
+            Accel::Tcg => None,
+        };
+        let machine = Machine { name: &name, vcpus, memory_mb, shared, mac: &mac, boot };
         let fds = Fds {
             memory: memfile.as_raw_fd(),
             disk: disk.as_raw_fd(),
             tap: tap.as_raw_fd(),
             qmp: qmp_child.as_raw_fd(),
             serial: serial_child.as_ref().map(AsRawFd::as_raw_fd),
+            kvm: kvm.as_ref().map(AsRawFd::as_raw_fd),
         };
         let args = arguments(&machine, fds);
         tracing::debug!(vm = %name, ?args, "starting QEMU");
         let cgroup = self.cgroups.create(&name, limits)?;
         let mut keep = vec![memfile, disk, tap, qmp_child];
         keep.extend(serial_child);
+        keep.extend(kvm);
         let spawn = Spawn {
             program: self.program.clone(),
             args,
             keep,
             netns,
             uid,
-            groups: self.kvm_group.into_iter().collect(),
             cgroup_procs: cgroup.procs_files(),
             jail: None,
             stdout: None,
@@ -163,6 +163,11 @@ impl Vmm for Qemu {
     async fn prepare(&self, config: VmConfig) -> Result<Box<dyn Vm>> {
         Ok(Box::new(self.start(config, None).await?))
     }
+}
+
+fn open_kvm() -> Result<OwnedFd> {
+    let opened = File::options().read(true).write(true).open("/dev/kvm");
+    opened.map(OwnedFd::from).map_err(|e| VmmError::io("open /dev/kvm", e))
 }
 
 /// QEMU takes a passed file only in the very mode in which it would have opened it.

@@ -1,6 +1,5 @@
 //! What QEMU and KVM can do here, found out by running them.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -63,11 +62,6 @@ fn parse_version(text: &str) -> Option<String> {
     let rest = text.split("version ").nth(1)?;
     let v: String = rest.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
     (!v.is_empty()).then_some(v)
-}
-
-/// Group that owns a device.
-pub fn device_group(device: &Path) -> Option<u32> {
-    std::fs::metadata(device).ok().map(|m| m.gid())
 }
 
 /// Result of [`kvm`]: which accelerator to use, and why.

@@ -76,6 +76,16 @@ impl DevicePool {
         Ok(Self { inner: Arc::new(inner) })
     }
 
+    /// Takes back the devices that dead processes of the installation left attached, and says how many: a
+    /// VMM of theirs waits for its requests until then, whatever signal it was sent.
+    ///
+    /// # Errors
+    /// When the kernel has no NBD driver, or the process may not use it.
+    pub async fn reclaim(config: PoolConfig) -> Result<usize, PoolError> {
+        let survey = spawn_blocking(move || survey::survey(&config)).await;
+        Ok(survey.map_err(|e| PoolError::Driver(io::Error::other(e)))??.reclaimed)
+    }
+
     /// Attaches `device` to a free device of the kernel. A device found to be in use by someone else
     /// is put in quarantine, and the next one taken.
     ///
