@@ -65,6 +65,11 @@ impl ArtifactFile {
         self.sums.build
     }
 
+    /// Which artifact of the build.
+    pub fn artifact(&self) -> Artifact {
+        self.artifact
+    }
+
     /// Where it lies.
     pub fn path(&self) -> &Path {
         &self.path
@@ -99,8 +104,8 @@ impl ArtifactFile {
         Damaged::length(self.build(), self.artifact, found, self.size())
     }
 
-    /// Fills `bytes` with whole blocks, and checks them.
-    fn read_blocks(&self, offset: u64, bytes: &mut [u8]) -> Result<(), StorageError> {
+    /// Fills `bytes` with whole blocks, and checks them. Blocks.
+    pub(crate) fn read_blocks(&self, offset: u64, bytes: &mut [u8]) -> Result<(), StorageError> {
         match self.file.read_exact_at(bytes, offset) {
             Ok(()) => Ok(self.check(offset, bytes)?),
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(self.cut().into()),

@@ -107,6 +107,20 @@ impl LocalStore {
         ArtifactFile::open(self.path(build, artifact), artifact, self.sums(build)?)
     }
 
+    /// Opens all artifacts of a published build as they are at one time, whether or not the build is
+    /// replaced afterwards. Blocks.
+    ///
+    /// Fails as [`LocalStore::open_artifact`] does.
+    pub(crate) fn open_build(&self, build: BuildId) -> Result<Vec<ArtifactFile>, StorageError> {
+        if !is_there(&self.dir(build))? {
+            return Err(StorageError::NotFound(build));
+        }
+        let _no_swap = self.swaps.read();
+        let sums = self.sums(build)?;
+        let all = sums.artifacts.iter().map(|(artifact, _)| *artifact);
+        all.map(|a| ArtifactFile::open(self.path(build, a), a, sums.clone())).collect()
+    }
+
     /// Reads a small artifact of a published build as a whole, and checks it.
     pub async fn read(&self, build: BuildId, artifact: Artifact) -> Result<Vec<u8>, StorageError> {
         let store = self.clone();

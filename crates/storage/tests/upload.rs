@@ -137,6 +137,20 @@ async fn a_sweep_leaves_builds_whole_and_takes_what_they_do_not_name() {
     assert_eq!(remote.order(local.build, Artifact::Rootfs).await.unwrap(), None);
 }
 
+#[tokio::test]
+async fn a_build_that_is_damaged_here_is_not_uploaded() {
+    let (local, store) = (local().await, Faulty::new(Duration::ZERO));
+    let path = local.store.path(local.build, Artifact::Rootfs);
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[77_777] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let error = store.remote().upload(&local.store, local.build, SMALL).await.unwrap_err();
+    assert!(matches!(&error, RemoteError::Local(e) if e.is_damage()), "{error}");
+    assert!(error.to_string().contains("rootfs.ext4"), "{error}");
+    assert!(!store.remote().exists(local.build).await.unwrap());
+}
+
 /// A sweep by someone whose clock is wrong removes objects under a running upload.
 #[tokio::test]
 async fn an_upload_whose_objects_vanish_does_not_publish() {

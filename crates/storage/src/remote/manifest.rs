@@ -337,6 +337,7 @@ const fn code(artifact: Artifact) -> u8 {
         Artifact::MemfileHeader => 4,
         Artifact::Snapfile => 5,
         Artifact::Metadata => 6,
+        Artifact::Checksums => 7,
     }
 }
 

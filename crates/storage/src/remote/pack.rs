@@ -1,12 +1,12 @@
 //! From an artifact's file to objects full of frames.
 
-use std::{io::Read, mem, path::Path};
+use std::mem;
 
 use super::{
     frame::{Checksum, Encoder, is_zero},
     manifest::{FrameMap, MAX_FRAMES},
 };
-use crate::StorageError;
+use crate::{ArtifactFile, StorageError};
 
 /// An object that is ready to be sent.
 pub(super) struct Packed {
@@ -25,18 +25,17 @@ pub(super) struct Cut {
     pub level: i32,
 }
 
-/// Reads the `size` bytes of an artifact and gives each object to `send` when it is full; ends
-/// early, with `None`, when that says `false`. `path` is for error messages. Blocks.
+/// Reads all of an artifact, checked, and gives each object to `send` when it is full; ends early,
+/// with `None`, when that says `false`. Blocks.
 ///
 /// Equal content makes equal objects, so a second run finds by name what a first one sent.
 pub(super) fn pack(
-    content: &mut impl Read,
-    size: u64,
-    path: &Path,
+    artifact: &ArtifactFile,
     cut: Cut,
     mut send: impl FnMut(Packed) -> bool,
 ) -> Result<Option<FrameMap>, StorageError> {
-    let mut map = FrameMap::new(size, cut.frame_size);
+    let path = artifact.path();
+    let mut map = FrameMap::new(artifact.size(), cut.frame_size);
     if map.count() > MAX_FRAMES {
         let reason = "more frames than a manifest may have";
         return Err(StorageError::io("pack", path, std::io::Error::other(reason)));
@@ -46,7 +45,8 @@ pub(super) fn pack(
     let (mut bytes, mut frames) = (Vec::new(), Vec::new());
     for number in 0..map.count() as u32 {
         let frame = &mut frame[..map.content_len(number) as usize];
-        content.read_exact(frame).map_err(|e| StorageError::io("read", path, e))?;
+        // A frame is whole blocks of what is checked.
+        artifact.read_blocks(u64::from(number) * u64::from(cut.frame_size), frame)?;
         if !is_zero(frame) {
             let stored = encoder.encode(frame).map_err(|e| StorageError::io("compress", path, e))?;
             frames.push((number, stored.len() as u32, Checksum::of(frame)));

@@ -2,9 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
-    io,
-    path::PathBuf,
     sync::Arc,
 };
 
@@ -19,7 +16,7 @@ use super::{
     manifest_path, object_path, off_runtime,
     pack::{Cut, pack},
 };
-use crate::{Artifact, BuildId, LocalStore, StorageError, error::blocking};
+use crate::{ArtifactFile, BuildId, LocalStore, StorageError, error::blocking};
 
 /// How a build is uploaded.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +63,7 @@ pub struct Uploaded {
 impl RemoteStore {
     /// Uploads a published build. Does nothing if the store has it.
     ///
+    /// What is uploaded is checked: a damaged artifact is an error, as it is when it is read here.
     /// The build is seen by nobody until all of it is there. If this fails or its process dies, the
     /// next call sends what is missing. The local build must not be removed meanwhile.
     pub async fn upload(
@@ -77,7 +75,8 @@ impl RemoteStore {
         if self.exists(build).await? {
             return Ok(Uploaded::default());
         }
-        let files = open_all(local, build).await?;
+        let store = local.clone();
+        let files = blocking("open a build", move || store.open_build(build)).await?;
         // First of all, so that a sweep sees that someone is at work here.
         let marker = marker_path(build);
         self.put(&marker, Bytes::new()).await?;
@@ -91,7 +90,7 @@ impl RemoteStore {
         };
         let mut artifacts = BTreeMap::new();
         for file in files {
-            let artifact = file.artifact;
+            let artifact = file.artifact();
             if let Some(map) = upload.artifact(file, options.cut()).await? {
                 artifacts.insert(artifact, Arc::new(map));
             }
@@ -136,36 +135,6 @@ impl RemoteStore {
     }
 }
 
-struct OpenFile {
-    artifact: Artifact,
-    path: PathBuf,
-    file: File,
-    size: u64,
-}
-
-/// Opens all artifacts of a published build, which it has or has not, before any is read: what is
-/// uploaded was there at one time.
-async fn open_all(local: &LocalStore, build: BuildId) -> Result<Vec<OpenFile>, StorageError> {
-    if !local.exists(build).await? {
-        return Err(StorageError::NotFound(build));
-    }
-    let local = local.clone();
-    blocking("open a build", move || {
-        let mut files = Vec::new();
-        for artifact in Artifact::ALL {
-            let path = local.path(build, artifact);
-            let file = match File::open(&path) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                file => file.map_err(|e| StorageError::io("open", &path, e))?,
-            };
-            let size = file.metadata().map_err(|e| StorageError::io("inspect", &path, e))?.len();
-            files.push(OpenFile { artifact, path, file, size });
-        }
-        Ok(files)
-    })
-    .await
-}
-
 /// The object that says that an upload is under way.
 pub(super) fn marker_path(build: BuildId) -> Path {
     Path::from(format!("data/{build}/upload"))
@@ -183,11 +152,11 @@ struct Upload<'a> {
 
 impl Upload<'_> {
     /// Sends the objects of an artifact; the last ones may still be on their way afterwards.
-    async fn artifact(&mut self, open: OpenFile, cut: Cut) -> Result<Option<FrameMap>, RemoteError> {
-        let OpenFile { artifact, path, mut file, size } = open;
+    async fn artifact(&mut self, file: ArtifactFile, cut: Cut) -> Result<Option<FrameMap>, RemoteError> {
+        let artifact = file.artifact();
         let (objects, mut packed) = mpsc::channel(1);
         let packing = tokio::task::spawn_blocking(move || {
-            pack(&mut file, size, &path, cut, |object| objects.blocking_send(object).is_ok())
+            pack(&file, cut, |object| objects.blocking_send(object).is_ok())
         });
         // On failure the receiver is dropped, which ends the packing.
         while let Some(object) = packed.recv().await {
