@@ -125,6 +125,9 @@ fn random(device: &MappedDevice) -> f64 {
     begin.elapsed().as_secs_f64()
 }
 
+/// Name, what is timed, how much of what it reads.
+type Case = (&'static str, fn(&MappedDevice) -> f64, u64, &'static str);
+
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
@@ -140,7 +143,7 @@ fn main() {
     let (short, before) = (bench.open(&short), bench.open(&long));
     let after = bench.compacted(&long);
     let devices = [("2 pauses", &short), ("20 pauses", &before), ("20 pauses, compacted", &after)];
-    let cases: [(&str, fn(&MappedDevice) -> f64, u64, &str); 2] = [
+    let cases: [Case; 2] = [
         ("1 MiB sequential", sequential, SIZE >> 20, "MiB/s"),
         ("4 KiB random", random, RANDOM_READS, "reads/s"),
     ];
