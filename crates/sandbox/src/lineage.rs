@@ -51,7 +51,7 @@ fn reads(store: &LocalStore, other: BuildId, build: BuildId) -> bool {
         // One that cannot be read is of no use to its build either.
         let text = std::fs::read(store.path(other, artifact)).unwrap_or_default();
         let header = Header::parse(&text);
-        // The base counts even if no byte of it is left: its memory file is what is mapped.
+        // The base counts even if no byte of it is left: whatever is made from this build names it too.
         header.is_ok_and(|h| h.base() == build || h.mappings().iter().any(|m| m.build == build))
     })
 }
