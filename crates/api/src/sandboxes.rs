@@ -23,6 +23,7 @@ use crate::model::{
 };
 use crate::pause;
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
+use crate::templates::plain_name;
 use crate::{Api, ApiError};
 
 /// Time of a sandbox made by the old call when it does not say (contract).
@@ -39,7 +40,11 @@ pub fn random_id(len: usize) -> Result<String, String> {
     Ok(bytes.iter().map(|b| LETTERS[usize::from(b & 31)] as char).collect())
 }
 
-fn secret() -> Result<String, ApiError> {
+pub fn new_sandbox_id() -> Result<String, ApiError> {
+    Ok(format!("i{}", random_id(20).map_err(ApiError::bad)?))
+}
+
+pub fn secret() -> Result<String, ApiError> {
     let mut bytes = [0u8; 32];
     getrandom::fill(&mut bytes)
         .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("no random bytes: {e}")))?;
@@ -125,9 +130,7 @@ impl Api {
     /// The newest usable build of a template that this team may use, by id or name.
     pub(crate) async fn usable(&self, team: &str, name: &str) -> Result<(TemplateRow, BuildRow), ApiError> {
         let missing = || ApiError::not_found(format!("Template '{}' was not found", shown(name)));
-        // Builds have no tags yet but the one that every build has.
-        let plain = name.strip_suffix(":default").or_else(|| name.strip_suffix(":latest")).unwrap_or(name);
-        let template = self.store.template(plain).await?.filter(|t| t.public || t.team_id == team);
+        let template = self.store.template(plain_name(name)).await?.filter(|t| t.public || t.team_id == team);
         let template = template.ok_or_else(missing)?;
         let builds = self.store.builds(&template.id).await?;
         match builds.into_iter().find(|b| b.status == BuildStatus::Ready) {
@@ -164,7 +167,7 @@ impl Api {
             build_id: build.id.clone(),
             kernel_version: build.kernel_version,
             firecracker_version: build.vmm_version,
-            sandbox_id: format!("i{}", random_id(20).map_err(ApiError::bad)?),
+            sandbox_id: new_sandbox_id()?,
             env_vars: new.env_vars.unwrap_or_default(),
             metadata: new.metadata.unwrap_or_default(),
             alias: template.aliases.first().cloned(),

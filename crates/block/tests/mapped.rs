@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
+use std::{fs::File, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use nidus_block::{
@@ -21,17 +21,16 @@ async fn open(dir: &Path, header: &Header) -> Arc<MappedDevice> {
 }
 
 /// What a pause does with a disk: every dirty block is a candidate.
-fn pause(dir: &Path, parent: &MappedDevice, overlay: &Overlay) -> (Header, u64) {
+async fn pause(dir: &Path, parent: &MappedDevice, overlay: &Overlay) -> (Header, u64) {
     let build = BuildId::random();
     let path = dir.join(build.to_string());
     let file = File::create_new(&path).unwrap();
-    let cache = File::open(overlay.cache_path()).unwrap();
+    let frozen = overlay.freeze().await.unwrap();
     let mut diff = DiffWriter::new(parent, build, &file, &path);
-    for range in overlay.dirty().ranges() {
-        let (start, end) = (range.start * BLOCK_SIZE, (range.end * BLOCK_SIZE).min(parent.size()));
-        let mut bytes = vec![0; (end - start) as usize];
-        cache.read_exact_at(&mut bytes, start).unwrap();
-        diff.push(start, &bytes).unwrap();
+    for range in frozen.ranges() {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        frozen.read_blocking(range.start, &mut bytes).unwrap();
+        diff.push(range.start, &bytes).unwrap();
     }
     let diff = diff.finish().unwrap();
     assert!(file.metadata().unwrap().len() <= diff.stored);
@@ -72,7 +71,7 @@ proptest! {
                         overlay.write_at(*at as u64, Bytes::from(vec![*byte; end - at])).await.unwrap();
                     }
                 }
-                let (child, stored) = pause(dir.path(), &parent, &overlay);
+                let (child, stored) = pause(dir.path(), &parent, &overlay).await;
                 // No more is stored than what differs and is not zeros.
                 let differ = model.chunks(BLOCK).zip(before.chunks(BLOCK))
                     .filter(|(new, old)| new != old && new.iter().any(|b| *b != 0)).count();

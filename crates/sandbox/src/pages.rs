@@ -9,7 +9,7 @@ use nidus_block::{BlockError, MappedDevice, ReadDevice};
 use nidus_memory::uffd::{Cached, Content, Fetched, Origin, PageSource, SourceError};
 use nidus_memory::{Memfile, PageSize, ProcessMemory};
 
-use crate::PauseError;
+use crate::SaveError;
 
 /// Memory is copied in pieces of this size.
 pub const PIECE: u64 = 1 << 20;
@@ -59,14 +59,14 @@ impl PageSource for BuildPages {
 }
 
 /// The memory file that a process has mapped, checked.
-pub fn base_memfile(path: &Path, memory: &MappedDevice) -> Result<Memfile, PauseError> {
-    let wrong = |e| PauseError::Memfile(Box::new(e));
+pub fn base_memfile(path: &Path, memory: &MappedDevice) -> Result<Memfile, SaveError> {
+    let wrong = |e| SaveError::Memfile(Box::new(e));
     Memfile::open(PathBuf::from(path), PageSize::Small, Some(memory.size())).map_err(wrong)
 }
 
 /// Writes the pages in which `memory` differs from its base into the private mapping that a stopped
 /// process has of the base's file. Blocks. Returns how many bytes that were.
-pub fn patch(pid: u32, memfile: &Memfile, memory: &MappedDevice) -> Result<u64, PauseError> {
+pub fn patch(pid: u32, memfile: &Memfile, memory: &MappedDevice) -> Result<u64, SaveError> {
     let header = memory.header();
     let process = ProcessMemory::open(pid, memfile)?;
     let (mut patched, mut piece) = (0, vec![0; PIECE as usize]);
