@@ -236,7 +236,7 @@ fn filter(query: &str) -> Result<SnapshotFilter, ApiError> {
             "sandboxID" => filter.sandbox = Some(value.into_owned()),
             "name" if !value.is_empty() => filter.name = Some(plain_name(&value).to_owned()),
             "limit" => {
-                let limit = value.parse().ok().filter(|l| *l > 0);
+                let limit = value.parse().ok().filter(|l: &i64| *l > 0);
                 filter.limit = limit.ok_or_else(|| bad("a number from 1 to 100"))?.min(MAX_LISTED);
             }
             "nextToken" if !value.is_empty() => {

@@ -4,6 +4,7 @@
 //! them, so that the API can end and start again without losing one.
 
 mod auth;
+mod auto_resume;
 mod build;
 mod checkpoint;
 mod error;
@@ -62,7 +63,14 @@ pub struct Api {
 impl Api {
     /// Not ready until [`Api::set_ready`] says so.
     pub fn new(config: ApiConfig, store: Store, nodes: Nodes) -> Arc<Self> {
-        Arc::new(Self { config, store, nodes, turns: Default::default(), in_hand: Default::default(), ready: AtomicBool::new(false) })
+        Arc::new(Self {
+            config,
+            store,
+            nodes,
+            turns: Default::default(),
+            in_hand: Default::default(),
+            ready: AtomicBool::new(false),
+        })
     }
 
     /// Whether sandboxes can be created, as far as the caller knows; `GET /health` also asks the

@@ -137,7 +137,7 @@ impl Api {
         Ok(true)
     }
 
-    async fn resume(
+    pub(crate) async fn resume(
         &self,
         team: &Team,
         id: &str,

@@ -24,7 +24,7 @@ use crate::model::{
 use crate::pause;
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
 use crate::templates::plain_name;
-use crate::{Api, ApiError};
+use crate::{Api, ApiError, auto_resume};
 
 /// Time of a sandbox made by the old call when it does not say (contract).
 const OLD_DEFAULT: Duration = Duration::from_secs(15);
@@ -182,6 +182,7 @@ impl Api {
             execution_id: Uuid::new_v4().to_string(),
             allow_internet_access: new.allow_internet_access,
             auto_pause: new.auto_pause == Some(true),
+            auto_resume: new.auto_resume.filter(|r| r.enabled).map(|_| auto_resume::policy(seconds)),
             network,
             ..SandboxConfig::default()
         };
@@ -230,7 +231,6 @@ fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
     };
     for (is, what) in [
         (new.auto_pause_memory == Some(false), "autoPauseMemory: false"),
-        (new.auto_resume.as_ref().is_some_and(|r| r.enabled), "autoResume"),
         (asked(&new.mcp), "mcp"),
         (asked(&new.iam), "iam"),
         (new.volume_mounts.as_ref().is_some_and(|v| !v.is_empty()), "volumeMounts"),
@@ -359,13 +359,17 @@ pub async fn detail(
         }
     };
     let c = known.sandbox.config.clone().unwrap_or_default();
+    let lifecycle = Lifecycle {
+        auto_resume: auto_resume::is_on(&c),
+        on_timeout: if c.auto_pause { "pause" } else { "kill" },
+    };
     Ok(Json(SandboxDetail {
         listed: listed(&known),
         network: network_of(&c),
         envd_access_token: c.envd_access_token,
         allow_internet_access: c.allow_internet_access,
         domain: api.config.domain.clone(),
-        lifecycle: Lifecycle { auto_resume: false, on_timeout: if c.auto_pause { "pause" } else { "kill" } },
+        lifecycle,
     }))
 }
 

@@ -120,12 +120,7 @@ impl Overlay {
         (unless_there(before, first), unless_there(after, last))
     }
 
-    async fn read_from(
-        &self,
-        layers: &[Arc<Layer>],
-        offset: u64,
-        buf: &mut [u8],
-    ) -> Result<(), BlockError> {
+    async fn read_from(&self, layers: &[Arc<Layer>], offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         for (layer, range) in pieces(layers, offset, buf.len() as u64) {
             let part = part(buf, offset, &range);
             match layer {

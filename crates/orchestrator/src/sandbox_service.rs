@@ -70,9 +70,6 @@ fn check(config: &SandboxConfig) -> Result<BuildId, Status> {
     if id.is_empty() || id.len() > ID_LIMIT || !id.bytes().all(plain) {
         return Err(bad(format!("a sandbox id has 1 to {ID_LIMIT} lower-case letters and digits")));
     }
-    if config.auto_resume.as_ref().is_some_and(|r| r.policy == "any") {
-        return Err(Status::unimplemented("automatic resume is not supported yet"));
-    }
     if config.auto_pause_filesystem_only {
         return Err(Status::unimplemented("pausing the disk alone is not supported yet"));
     }

@@ -176,7 +176,11 @@ async fn copy(
         let share = u32::try_from(total.div_ceil(1 << 20)).ok();
         let share = share.and_then(|share| left.try_acquire_many_owned(share).ok());
         let (Some(share), Ok(size)) = (share, usize::try_from(total)) else {
-            tracing::info!(pid, bytes = total, "too much memory to be copied: the guest waits until it is stored");
+            tracing::info!(
+                pid,
+                bytes = total,
+                "too much memory to be copied: the guest waits until it is stored"
+            );
             return Ok(Written::By(pid, path));
         };
         let process = ProcessMemory::open(pid, &memfile)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nidus_block::{FileDevice, Frozen, Overlay};
+use nidus_block::{FileDevice, Frozen, Overlay, ReadDevice};
 use nidus_envd_protocol::{Client, EnvdClient, StartCommand};
 use nidus_network::NetworkSlot;
 use nidus_vmm::{Boot, Limits, Memory, MemoryDoor, SaveMemory, SnapshotFiles, Vm, VmConfig};

@@ -142,15 +142,17 @@ pub(super) async fn find_or_add(
         Some(id) => id,
         None => {
             let id = crate::sandboxes::random_id(20).map_err(StoreError::Random)?;
-            sqlx::query("INSERT INTO templates (id, team_id, public, created_at, updated_at) VALUES (?, ?, ?, ?, ?)")
-                .bind(&id)
-                .bind(team)
-                .bind(public)
-                .bind(now())
-                .bind(now())
-                .execute(&mut *tx)
-                .await
-                .map_err(&wrap)?;
+            sqlx::query(
+                "INSERT INTO templates (id, team_id, public, created_at, updated_at) VALUES (?, ?, ?, ?, ?)",
+            )
+            .bind(&id)
+            .bind(team)
+            .bind(public)
+            .bind(now())
+            .bind(now())
+            .execute(&mut *tx)
+            .await
+            .map_err(&wrap)?;
             if let Some(name) = name {
                 sqlx::query("INSERT INTO aliases (alias, template_id) VALUES (?, ?)")
                     .bind(name)
@@ -162,11 +164,8 @@ pub(super) async fn find_or_add(
             id
         }
     };
-    let row = sqlx::query(template_query!("WHERE t.id = ?"))
-        .bind(&id)
-        .fetch_one(&mut *tx)
-        .await
-        .map_err(&wrap)?;
+    let row =
+        sqlx::query(template_query!("WHERE t.id = ?")).bind(&id).fetch_one(&mut *tx).await.map_err(&wrap)?;
     template(&row).map_err(wrap)
 }
 
@@ -201,12 +200,13 @@ impl Store {
     /// A team's templates and the public ones, oldest first; without snapshots of sandboxes.
     pub(crate) async fn templates(&self, team: &str) -> Result<Vec<TemplateRow>, StoreError> {
         let wrap = sql("list the templates");
-        let rows =
-            sqlx::query(template_query!("WHERE (t.team_id = ? OR t.public) AND t.snapshot_of IS NULL ORDER BY t.created_at, t.id"))
-                .bind(team)
-                .fetch_all(&self.pool)
-                .await
-                .map_err(&wrap)?;
+        let rows = sqlx::query(template_query!(
+            "WHERE (t.team_id = ? OR t.public) AND t.snapshot_of IS NULL ORDER BY t.created_at, t.id"
+        ))
+        .bind(team)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(&wrap)?;
         rows.iter().map(template).collect::<Result<_, _>>().map_err(wrap)
     }
 
