@@ -94,14 +94,16 @@ impl Api {
     ) -> Result<TemplateRow, ApiError> {
         let _turn = self.turns.take(id).await;
         let s = self.to_checkpoint(team, id).await?;
-        if let Some(name) = name {
-            let taken = self.store.template(name).await?;
-            if taken.is_some_and(|t| t.team_id != team.id || t.snapshot_of.is_none()) {
-                return Err(conflict(format!("The name '{name}' is taken by a template")));
+        let checkpoint = self.checkpoint(&s).await?;
+        let config = &checkpoint.config;
+        match self.store.keep_checkpoint(name, config).await? {
+            Some(kept) => Ok(kept),
+            None => {
+                self.end_build(&config.build_id, &config.template_id).await?;
+                let name = name.unwrap_or_default();
+                Err(conflict(format!("The name '{name}' is taken by a template")))
             }
         }
-        let checkpoint = self.checkpoint(&s).await?;
-        Ok(self.store.keep_checkpoint(name, &checkpoint.config).await?)
     }
 
     /// Sandboxes that go on from where this one is, each with an id and secrets of its own.

@@ -332,3 +332,73 @@ impl Sandbox {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use nidus_block::header::Header;
+    use nidus_block::{BlockDevice, Overlay};
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    async fn base(dir: &Path, bytes: &[u8]) -> Arc<MappedDevice> {
+        let (build, dir) = (BuildId::random(), dir.to_owned());
+        std::fs::write(dir.join(build.to_string()), bytes).unwrap();
+        let header = Header::identity(build, bytes.len() as u64, PAGE).unwrap();
+        Arc::new(MappedDevice::open(header, move |b| dir.join(b.to_string())).await.unwrap())
+    }
+
+    /// Memory that was copied and memory in a file are stored alike: what differs, and no more; and the
+    /// disk as it was frozen.
+    #[tokio::test]
+    async fn what_was_taken_is_stored() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let memory: Vec<u8> = (0..16u8).flat_map(|n| vec![n; PAGE as usize]).collect();
+        let memory_parent = base(dir.path(), &memory).await;
+        let disk_parent = base(dir.path(), &vec![5; 8 * PAGE as usize]).await;
+        let overlay = Overlay::create(disk_parent.clone(), dir.path().join("overlay")).await.unwrap();
+        overlay.write_at(PAGE, Bytes::from(vec![6; PAGE as usize])).await.unwrap();
+        // Page 2 changes, 3 becomes zeros, 9 was written with what it had.
+        let ranges = vec![2 * PAGE..4 * PAGE, 9 * PAGE..10 * PAGE];
+        let page = |byte: u8| vec![byte; PAGE as usize];
+        let bytes = [page(77), page(0), page(9)].concat();
+        let metadata = r#"{"version":1,"template_id":"t","build_id":"00000000-0000-0000-0000-000000000001",
+            "kernel_version":"k","vmm":{"driver":"d","version":"v","accel":"a"},"vcpu":1,"memory_mb":1,
+            "disk_mb":1,"envd_version":"e","created_at":"2026-01-01T00:00:00Z"}"#;
+        let metadata = Arc::new(TemplateMetadata::parse(BuildId::random(), metadata.as_bytes()).unwrap());
+        let file = scratch(dir.path()).unwrap();
+        file.write_all_at(&bytes[..2 * PAGE as usize], 2 * PAGE).unwrap();
+        file.write_all_at(&bytes[2 * PAGE as usize..], 9 * PAGE).unwrap();
+        let share = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let copied = Copied { ranges: ranges.clone(), bytes: bytes.clone(), _share: share };
+        for memory in [Written::To(file, ranges), Written::Copied(copied)] {
+            let build = BuildId::random();
+            let new = |what: &str| {
+                let path = dir.path().join(format!("{build}.{what}"));
+                (new_file(path.clone()).unwrap(), path)
+            };
+            let taken = Taken {
+                parent: metadata.clone(),
+                memory_parent: memory_parent.clone(),
+                memory,
+                memfile: new("memfile"),
+                disk_parent: disk_parent.clone(),
+                disk: Arc::new(overlay.freeze().await.unwrap()),
+                rootfs: new("rootfs"),
+            };
+            overlay.write_at(PAGE, Bytes::from(page(8))).await.unwrap();
+            let (memory, disk) = taken.store(build).unwrap();
+            let read = |what: &str| std::fs::read(dir.path().join(format!("{build}.{what}"))).unwrap();
+            assert!(read("memfile") == page(77));
+            let zeroed = memory.header.mappings().iter().find(|m| m.build.is_nil()).unwrap();
+            assert_eq!((zeroed.offset, zeroed.len), (3 * PAGE, PAGE));
+            assert_eq!((memory.stored, disk.stored), (PAGE, PAGE));
+            assert_eq!(Lineage::of(&memory.header).builds.iter().map(|(_, n)| n).sum::<u64>(), 15 * PAGE);
+            // What was written after it was frozen is not in it.
+            assert!(read("rootfs") == page(6));
+            overlay.write_at(PAGE, Bytes::from(page(6))).await.unwrap();
+        }
+    }
+}

@@ -52,15 +52,24 @@ impl Store {
         rows.iter().map(|r| Ok((r.try_get(0)?, r.try_get(1)?))).collect::<Result<_, _>>().map_err(wrap)
     }
 
-    /// Makes a checkpoint the newest build of a template of its own, or of the snapshot of this name.
+    /// Makes a checkpoint the newest build of a template of its own, or of the snapshot of this name;
+    /// none if another kind of template or another team has that name.
     pub(crate) async fn keep_checkpoint(
         &self,
         name: Option<&str>,
         config: &SandboxConfig,
-    ) -> Result<TemplateRow, StoreError> {
+    ) -> Result<Option<TemplateRow>, StoreError> {
         let wrap = sql("keep a snapshot");
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
         let mut t = find_or_add(&mut tx, &config.team_id, name, false).await?;
+        let builds: i64 = sqlx::query_scalar("SELECT count(*) FROM builds WHERE template_id = ?")
+            .bind(&t.id)
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(&wrap)?;
+        if t.team_id != config.team_id || (t.snapshot_of.is_none() && builds > 0) {
+            return Ok(None);
+        }
         sqlx::query("UPDATE templates SET snapshot_of = ?, updated_at = ? WHERE id = ?")
             .bind(&config.sandbox_id)
             .bind(now())
@@ -92,7 +101,7 @@ impl Store {
             .map_err(&wrap)?;
         tx.commit().await.map_err(&wrap)?;
         t.snapshot_of = Some(config.sandbox_id.clone());
-        Ok(t)
+        Ok(Some(t))
     }
 
     /// A team's snapshots, newest first.
@@ -140,11 +149,15 @@ mod tests {
         for build in ["1", "2", "3"] {
             store.note_checkpoint(build, "t").await.unwrap();
         }
-        let alone = store.keep_checkpoint(None, &config("1", "a")).await.unwrap();
-        let named = store.keep_checkpoint(Some("n"), &config("2", "a")).await.unwrap();
+        let alone = store.keep_checkpoint(None, &config("1", "a")).await.unwrap().unwrap();
+        let named = store.keep_checkpoint(Some("n"), &config("2", "a")).await.unwrap().unwrap();
         assert_eq!(store.checkpoints().await.unwrap(), [("3".to_owned(), "t".to_owned())]);
-        let again = store.keep_checkpoint(Some("n"), &config("3", "b")).await.unwrap();
+        let again = store.keep_checkpoint(Some("n"), &config("3", "b")).await.unwrap().unwrap();
         assert_eq!((again.id.as_str(), again.snapshot_of.as_deref()), (named.id.as_str(), Some("b")));
+        let built = store.put_template(&team, "built", false).await.unwrap();
+        store.add_build("4", &built.id, 1, 512).await.unwrap();
+        assert!(store.keep_checkpoint(Some("built"), &config("5", "b")).await.unwrap().is_none());
+        store.delete_template(&built.id).await.unwrap();
         let builds = store.builds(&named.id).await.unwrap();
         assert_eq!(builds.iter().map(|b| b.id.as_str()).collect::<Vec<_>>(), ["3", "2"]);
         assert_eq!((builds[0].cpu_count, builds[0].vmm_version.as_str()), (2, "qemu"));
