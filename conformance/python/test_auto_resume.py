@@ -11,7 +11,7 @@ LIFECYCLE = {"on_timeout": "pause", "auto_resume": True}
 
 def test_a_command_wakes_it(new_sandbox):
     sandbox = new_sandbox(lifecycle=LIFECYCLE, timeout=120)
-    assert sandbox.get_info().lifecycle.auto_resume is True
+    assert sandbox.get_info().lifecycle["auto_resume"] is True
     start_counting(sandbox)
     count_beyond(sandbox, 2)
     before, token, _, _ = state(sandbox)
@@ -53,7 +53,7 @@ def test_many_requests_wake_it_once(new_sandbox, sandbox_url):
 def test_others_stay_paused(new_sandbox, sandbox_url):
     for lifecycle in ({"on_timeout": "pause"}, {"on_timeout": "pause", "auto_resume": False}):
         sandbox = new_sandbox(lifecycle=lifecycle)
-        assert sandbox.get_info().lifecycle.auto_resume is False
+        assert sandbox.get_info().lifecycle["auto_resume"] is False
         sandbox.pause()
         headers = {"E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": "49983"}
         assert httpx.get(f"{sandbox_url}/health", headers=headers).status_code == 502

@@ -69,7 +69,9 @@ impl Api {
         // Noted first: if the daemon ends meanwhile, its next start removes what there is.
         self.store.note_checkpoint(&config.build_id, &config.template_id).await?;
         if let Err(s) = self.nodes.sandboxes().checkpoint(request).await {
-            self.end_build(&config.build_id, &config.template_id).await?;
+            if let Err(e) = self.end_build(&config.build_id, &config.template_id).await {
+                tracing::warn!("what there is of a failed checkpoint stays for now: {e}");
+            }
             return Err(if s.code() == Code::NotFound { not_found(&config.sandbox_id) } else { s.into() });
         }
         Ok(checkpoint)
@@ -146,32 +148,36 @@ impl Api {
 
     /// Deletes the builds that nobody has and nobody needs any more.
     pub(crate) async fn sweep(&self) {
-        let all = match self.store.checkpoints().await {
-            Ok(all) => all,
-            Err(e) => return tracing::warn!("{e}"),
-        };
-        // The newest first: it may read the older ones.
-        for (build, template) in all {
-            if self.in_hand.0.lock().contains(&build) {
-                continue;
-            }
-            if let Err(e) = self.end_build(&build, &template).await {
-                tracing::warn!(build, "a build that nobody has stays for now: {e}");
-            }
-        }
+        // One that is deleted may have been the last that read another.
+        while self.sweep_once().await.unwrap_or_else(|e| {
+            tracing::warn!("builds that nobody has stay for now: {e}");
+            false
+        }) {}
     }
 
-    /// Deletes a noted build, or leaves it for later if somebody needs it.
-    pub(crate) async fn end_build(&self, build: &str, template: &str) -> Result<(), ApiError> {
+    /// Whether any could be deleted.
+    async fn sweep_once(&self) -> Result<bool, ApiError> {
+        let mut any = false;
+        for (build, template) in self.store.checkpoints().await? {
+            if !self.in_hand.0.lock().contains(&build) {
+                any |= self.end_build(&build, &template).await?;
+            }
+        }
+        Ok(any)
+    }
+
+    /// Deletes a noted build. One that somebody needs is left for later.
+    async fn end_build(&self, build: &str, template: &str) -> Result<bool, ApiError> {
         let request =
             TemplateBuildDeleteRequest { build_id: build.to_owned(), template_id: template.to_owned() };
         match self.nodes.templates().template_build_delete(request).await {
             Ok(_) => {}
             Err(s) if s.code() == Code::NotFound => {}
-            Err(s) if s.code() == Code::FailedPrecondition => return Ok(()),
+            Err(s) if s.code() == Code::FailedPrecondition => return Ok(false),
             Err(s) => return Err(s.into()),
         }
-        Ok(self.store.forget_checkpoint(build).await?)
+        self.store.forget_checkpoint(build).await?;
+        Ok(true)
     }
 }
 
