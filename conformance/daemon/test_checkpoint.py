@@ -1,6 +1,9 @@
-"""Forks and snapshots when things go wrong: a full disk, a daemon that is killed."""
+"""Forks and snapshots when things go wrong: a full disk, a daemon that is killed; and how long a guest
+stands still."""
 
+import re
 import subprocess
+import time
 
 import pytest
 from e2b import Sandbox, SandboxException, SandboxState
@@ -63,4 +66,61 @@ def test_forks_and_snapshots_over_a_killed_daemon(make_daemon, host):
     assert Sandbox.delete_snapshot(snap.snapshot_id, **mine) is True
     assert builds_of(parent.sandbox_id, stopped.sandbox_id, running.sandbox_id) == set()
     assert second.terminate() == 0
+    host.assert_clean()
+
+
+def stops(daemon):
+    """Milliseconds for which guests stood still for checkpoints, in order."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", daemon.log_path.read_text())
+    unit = {"s": 1000, "ms": 1, "\u00b5s": 0.001}
+    found = re.findall(r"then=RunOn stop_time=([0-9.]+)([^0-9. ]+) ", text)
+    return [float(number) * unit[name] for number, name in found]
+
+
+def test_a_guest_stands_still_for_what_it_wrote_not_for_all(daemon, capsys):
+    """32 MiB are dirty; beside it, in the same run, a copy of all the guest's memory."""
+    sandbox = sandboxes.create(daemon)
+    mine = sandboxes.options(daemon)
+    size = sandbox.get_info(**mine).memory_mb << 20
+    copies = []
+    for _ in range(3):
+        sandbox.commands.run("head -c 33554432 /dev/urandom > /dev/shm/dirty")
+        snap = sandbox.create_snapshot(**mine)
+        assert Sandbox.delete_snapshot(snap.snapshot_id, **mine) is True
+        with open(DEFAULT_DATA_DIR / "copied", "wb") as copied:
+            source = memoryview(bytearray(size))
+            began = time.monotonic()
+            for at in range(0, size, 1 << 20):
+                copied.write(source[at : at + (1 << 20)])
+            copies.append((time.monotonic() - began) * 1000)
+        (DEFAULT_DATA_DIR / "copied").unlink()
+    stopped = stops(daemon)
+    with capsys.disabled():
+        print(f"\nstood still for {stopped} ms with 32 MiB dirty; a copy of {size >> 20} MiB: {copies} ms")
+    assert len(stopped) == 3
+    assert min(stopped) <= min(copies) / 4
+    assert sandbox.kill(**mine) is True
+
+
+def test_children_for_which_there_is_no_room(make_daemon, host):
+    daemon = make_daemon(extra_env={"NIDUS_MAX_SANDBOXES": "3"}).start()
+    daemon.create_key()
+    mine = sandboxes.options(daemon)
+    parent = sandboxes.create(daemon)
+    start_counting(parent)
+    results = parent.fork(count=4, **mine)
+    children = [r for r in results if isinstance(r, Sandbox)]
+    refused = [r for r in results if isinstance(r, Exception)]
+    assert (len(children), len(refused)) == (2, 2), results
+    assert all("3 sandboxes" in str(e) for e in refused), refused
+    for child in children:
+        count_beyond(child, state(child)[0])
+    # Not even one: then nothing of it stays.
+    checkpoints = builds_of(parent.sandbox_id)
+    assert [isinstance(r, Exception) for r in parent.fork(count=2, **mine)] == [True, True]
+    assert builds_of(parent.sandbox_id) == checkpoints and len(checkpoints) == 1
+    for one in [*children, parent]:
+        assert one.kill(**mine) is True
+    assert builds_of(parent.sandbox_id) == set()
+    assert daemon.terminate() == 0
     host.assert_clean()

@@ -30,7 +30,7 @@ use crate::{Api, ApiError};
 type Shared = State<Arc<Api>>;
 
 /// Between two looks for builds that nobody needs any more.
-pub const SWEEP: Duration = Duration::from_secs(15);
+pub const SWEEP: Duration = Duration::from_secs(60);
 /// The SDKs ask for no more children of a sandbox at once.
 const MAX_FORKS: i64 = 20;
 const MAX_LISTED: i64 = 100;

@@ -162,7 +162,7 @@ mod tests {
         assert_eq!(builds.iter().map(|b| b.id.as_str()).collect::<Vec<_>>(), ["3", "2"]);
         assert_eq!((builds[0].cpu_count, builds[0].vmm_version.as_str()), (2, "qemu"));
         assert!(store.templates(&team).await.unwrap().is_empty(), "snapshots are listed apart");
-        let list = |filter: SnapshotFilter| async {
+        let list = async |filter: SnapshotFilter| {
             let all = store.snapshot_templates(&team, &filter).await.unwrap();
             all.into_iter().map(|t| t.id).collect::<Vec<_>>()
         };
