@@ -88,7 +88,8 @@ def test_a_guest_stands_still_for_what_it_wrote_not_for_all(daemon, capsys):
         snap = sandbox.create_snapshot(**mine)
         assert Sandbox.delete_snapshot(snap.snapshot_id, **mine) is True
         with open(DEFAULT_DATA_DIR / "copied", "wb") as copied:
-            source = memoryview(bytearray(size))
+            # Memory that is really there, as a guest's is.
+            source = memoryview(bytes([1]) * size)
             began = time.monotonic()
             for at in range(0, size, 1 << 20):
                 copied.write(source[at : at + (1 << 20)])
@@ -98,7 +99,8 @@ def test_a_guest_stands_still_for_what_it_wrote_not_for_all(daemon, capsys):
     with capsys.disabled():
         print(f"\nstood still for {stopped} ms with 32 MiB dirty; a copy of {size >> 20} MiB: {copies} ms")
     assert len(stopped) == 3
-    assert min(stopped) <= min(copies) / 4
+    # Of all three: what else runs on this host holds both up.
+    assert sum(stopped) <= sum(copies) / 4
     assert sandbox.kill(**mine) is True
 
 
