@@ -168,9 +168,18 @@ mod tests {
         };
         let filter = || SnapshotFilter { limit: 9, ..Default::default() };
         assert_eq!(list(filter()).await, [named.id.clone(), alone.id.clone()]);
-        assert_eq!(list(SnapshotFilter { sandbox: Some("a".into()), ..filter() }).await, [alone.id.clone()]);
-        assert_eq!(list(SnapshotFilter { name: Some("n".into()), ..filter() }).await, [named.id.clone()]);
-        assert_eq!(list(SnapshotFilter { before: Some(named.number), ..filter() }).await, [alone.id.clone()]);
-        assert_eq!(list(SnapshotFilter { limit: 1, ..filter() }).await, [named.id.clone()]);
+        assert_eq!(
+            list(SnapshotFilter { sandbox: Some("a".into()), ..filter() }).await,
+            std::slice::from_ref(&alone.id)
+        );
+        assert_eq!(
+            list(SnapshotFilter { name: Some("n".into()), ..filter() }).await,
+            std::slice::from_ref(&named.id)
+        );
+        assert_eq!(
+            list(SnapshotFilter { before: Some(named.number), ..filter() }).await,
+            std::slice::from_ref(&alone.id)
+        );
+        assert_eq!(list(SnapshotFilter { limit: 1, ..filter() }).await, std::slice::from_ref(&named.id));
     }
 }
