@@ -33,7 +33,7 @@ pub struct LocalStore {
 }
 
 impl LocalStore {
-    /// Opens the store at `root` and makes its directories (mode 0755) if they are absent.
+    /// Opens the store at `root` and makes its directories (mode 0700) if they are absent.
     ///
     /// Blocks for a few system calls. Several processes may have one store open; only
     /// [`LocalStore::reclaim`] needs the caller to be alone.
@@ -42,12 +42,13 @@ impl LocalStore {
         let staging = root.join(STAGING);
         DirBuilder::new()
             .recursive(true)
-            .mode(0o755)
+            .mode(0o700)
             .create(&staging)
             .map_err(|e| StorageError::io("create the directory", &staging, e))?;
-        // Whatever the umask: an unprivileged VMM must get through to the published files.
+        // Builds hold what guests had in memory, and their tokens. A VMM gets files that are open, and
+        // must find no other guest's by their names.
         for dir in [root, &staging] {
-            fs::set_permissions(dir, fs::Permissions::from_mode(0o755))
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
                 .map_err(|e| StorageError::io("set the mode of", dir, e))?;
         }
         let root = fs::canonicalize(root).map_err(|e| StorageError::io("resolve", root, e))?;
