@@ -37,9 +37,10 @@ def sockets(pid: int) -> dict[int, int]:
     return found
 
 
-def connections() -> dict[int, tuple[str, int]]:
-    """All connected unix sockets: their own path ("*" for none) and their peer's inode, by inode."""
-    listing = subprocess.run(["ss", "-xnH"], capture_output=True, text=True, check=True).stdout
+def connections(pid: int) -> dict[int, tuple[str, int]]:
+    """All connected unix sockets of the network namespace of a process: their own path ("*" for none) and their
+    peer's inode, by inode. What is accepted is in the namespace of who connects."""
+    listing = subprocess.run(["nsenter", "-n", "-t", str(pid), "ss", "-xnH"], capture_output=True, text=True, check=True).stdout
     found = {}
     for line in listing.splitlines():
         path, inode, _, peer = line.split()[4:8]
@@ -77,7 +78,7 @@ def kernel_disk(daemon) -> tuple[int, list[int]]:
             everybody.update(sockets(int(process.name)))
         except (FileNotFoundError, ProcessLookupError):
             continue
-    links = connections()
+    links = connections(daemon.process.pid)
     mine = sockets(daemon.process.pid).items()
     return daemon.process.pid, [fd for inode, fd in mine if inode in links and links[inode][1] not in everybody | {0}]
 
@@ -85,7 +86,7 @@ def kernel_disk(daemon) -> tuple[int, list[int]]:
 def served_memory(daemon) -> tuple[int, list[int]]:
     """The daemon's end of the connection over which a Firecracker handed its memory over: of those between
     the two, the one that the Firecracker made."""
-    theirs, links = sockets(vmm(daemon)), connections()
+    theirs, links = sockets(vmm(daemon)), connections(vmm(daemon))
     mine = sockets(daemon.process.pid).items()
     return daemon.process.pid, [
         fd for inode, fd in mine if inode in links and links[inode][0] != "*" and links[inode][1] in theirs
