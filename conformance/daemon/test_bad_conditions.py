@@ -9,7 +9,7 @@ import threading
 
 import pytest
 from support import sandboxes
-from support.daemon import DEFAULT_DATA_DIR, wait_for
+from support.daemon import DEFAULT_DATA_DIR, TIME_FACTOR, wait_for
 
 NOT_FOR_PEOPLE = re.compile(r"panicked|RUST_BACKTRACE|stack backtrace|\bSome\(|\bOk\(|\bErr\(|\bOs \{|Error \{")
 
@@ -102,7 +102,7 @@ def test_a_full_disk(make_daemon, full_run_directory, host):
     greedy = sandboxes.create(daemon)
     # Written through to the disk: the overlay on the host cannot take 120 MB.
     done = greedy.commands.run(
-        "dd if=/dev/urandom of=/root/big bs=1M count=120 conv=fsync 2>&1; echo code $?", user="root", timeout=120
+        "dd if=/dev/urandom of=/root/big bs=1M count=120 conv=fsync 2>&1; echo code $?", user="root", timeout=120 * TIME_FACTOR
     )
     assert "code 0" not in done.stdout, done.stdout
     assert daemon.health() in (204, 503) and daemon.process.poll() is None, daemon.log()

@@ -148,11 +148,14 @@ impl Firecracker {
         mut jail: Jail,
         console: Option<(Tail, std::os::fd::OwnedFd)>,
     ) -> Result<FirecrackerVm> {
-        let VmConfig { name, memory_mb, memory, tap, netns, uid, limits, track_dirty, advance_clock, .. } =
-            config;
+        let VmConfig { name, memory_mb, memory, tap, netns, uid, limits, .. } = config;
+        let VmConfig { huge_pages, track_dirty, advance_clock, .. } = config;
         let Tap::Name(tap) = tap else {
             return Err(unsupported(&name, "take an open tap: it needs a name"));
         };
+        if huge_pages {
+            enough_huge_pages(&name, memory_mb)?;
+        }
         let log = jail.pipe(place::LOG)?;
         let (console, stdout) = console.unzip();
         let cgroup = self.cgroups.create(&name, limits)?;
@@ -179,6 +182,20 @@ impl Firecracker {
         let options = LoadOptions { tap, track_dirty, advance_clock: advance_clock && clock_known };
         Ok(FirecrackerVm::new(running, jail, mounts, api, console, memory, memory_mb, uid, options))
     }
+}
+
+/// Says what is missing: Firecracker itself starts without, and then cannot write to the memory that it has.
+fn enough_huge_pages(vm: &str, memory_mb: u32) -> Result<()> {
+    let file = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let free = std::fs::read_to_string(file).map_err(|e| VmmError::io(format!("read {file}"), e))?;
+    let free: u64 = free.trim().parse().unwrap_or(0);
+    let needed = u64::from(memory_mb.div_ceil(2));
+    if free < needed {
+        let what =
+            format!("give a guest {needed} huge pages of 2 MiB: the host has {free} free, raise vm.nr_hugepages");
+        return Err(unsupported(vm, what));
+    }
+    Ok(())
 }
 
 /// Whether a version is at least the given one.
