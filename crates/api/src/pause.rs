@@ -206,13 +206,21 @@ impl Api {
         for s in self.store.interrupted_pauses().await? {
             if self.node_has(&s.config.template_id, &s.build_id).await? {
                 self.store.finish_pause(&s.build_id).await?;
+                tracing::info!(
+                    sandbox = s.sandbox_id,
+                    "the daemon ended while this sandbox was paused: it is stored and can be resumed"
+                );
                 continue;
             }
+            self.store.forget_snapshot(&s.build_id).await?;
+            let outcome = match self.store.newest_snapshot(&s.sandbox_id).await? {
+                Some(_) => "what it did since its last pause is lost",
+                None => "it is lost",
+            };
             tracing::warn!(
                 sandbox = s.sandbox_id,
-                "the daemon ended while this sandbox was paused: it is lost"
+                "the daemon ended while this sandbox was paused: {outcome}"
             );
-            self.store.forget_snapshot(&s.build_id).await?;
         }
         self.sweep().await;
         Ok(())

@@ -12,7 +12,7 @@ use nidus_orchestrator::{Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, ProxyConfig};
 use nidus_sandbox::{Factory, FactoryConfig};
 use nidus_storage::LocalStore;
-use nidus_telemetry::LogSink;
+use nidus_telemetry::{Fanout, LogSink, RunningSink, Sink};
 use nidus_template::{BuildConfig, Builder, VmHost};
 use nidus_vmm::DriverId;
 use nidus_vmm::cgroup::CgroupRoot;
@@ -150,6 +150,14 @@ impl Parts {
         let range = free.remove(0);
         drop(free);
         let run = RunDir(dir.join("run"));
+        let running = run.0.join("sandboxes");
+        let (running, lost) = tokio::task::spawn_blocking(move || RunningSink::open(&running))
+            .await?
+            .context("Cannot keep which sandboxes run")?;
+        let events = Fanout::new(vec![Arc::new(LogSink), Arc::new(running)]);
+        for event in &lost {
+            events.emit(event);
+        }
         let store_dir = dir.join("storage");
         let store = Arc::new(tokio::task::spawn_blocking(move || LocalStore::open(store_dir)).await??);
         let staged = store.reclaim().await?;
@@ -212,7 +220,7 @@ impl Parts {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_dir: dir.clone(),
         };
-        let node = Node::new(node, factory.clone(), builder, catalog.clone(), Arc::new(LogSink));
+        let node = Node::new(node, factory.clone(), builder, catalog.clone(), Arc::new(events));
         Ok(Self { _run: run, _range: range, cgroups, network, host, factory, node, catalog, made_with })
     }
 

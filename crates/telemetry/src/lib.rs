@@ -6,6 +6,8 @@
 
 pub mod events;
 pub mod logging;
+pub mod running;
 
 pub use events::{Event, EventKind, Fanout, LogSink, MemorySink, Sink};
 pub use logging::{Format, init};
+pub use running::RunningSink;
