@@ -19,6 +19,7 @@ pub mod header;
 mod mapped;
 pub mod nbd;
 mod overlay;
+mod source;
 pub mod ublk;
 
 pub use bitmap::DirtyBlocks;

@@ -10,7 +10,7 @@ use base64::Engine;
 use chrono::Utc;
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
 use nidus_memfs::MemFs;
-use nidus_storage::{BuildId, LocalStore};
+use nidus_storage::{BuildId, Builds};
 use nidus_template::{TemplateMetadata, VmHost};
 use nidus_vmm::MemoryDoor;
 use parking_lot::Mutex;
@@ -66,7 +66,7 @@ pub struct Factory {
 
 struct Inner {
     config: FactoryConfig,
-    store: Arc<LocalStore>,
+    store: Arc<Builds>,
     host: Arc<VmHost>,
     /// Where VMMs that map their memory find it.
     memfs: Option<Arc<MemFs>>,
@@ -87,11 +87,7 @@ impl Factory {
     ///
     /// # Errors
     /// When the overlay directory cannot be made or emptied.
-    pub fn start(
-        config: FactoryConfig,
-        store: Arc<LocalStore>,
-        host: Arc<VmHost>,
-    ) -> Result<Self, CreateError> {
+    pub fn start(config: FactoryConfig, store: Arc<Builds>, host: Arc<VmHost>) -> Result<Self, CreateError> {
         let dir = &config.overlays;
         std::fs::create_dir_all(dir).map_err(|e| CreateError::io(format!("make {}", dir.display()), e))?;
         for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -161,7 +157,7 @@ impl Factory {
     }
 
     /// The storage that builds are read from.
-    pub fn store(&self) -> &Arc<LocalStore> {
+    pub fn store(&self) -> &Arc<Builds> {
         &self.inner.store
     }
 
@@ -350,7 +346,7 @@ impl Sandbox {
         &mut self.machine
     }
 
-    pub(crate) fn store(&self) -> &LocalStore {
+    pub(crate) fn store(&self) -> &Builds {
         &self.inner.store
     }
 

@@ -41,7 +41,7 @@ pub(crate) struct FrameKey {
 
 impl FrameKey {
     /// All keys of a build.
-    fn of(build: BuildId) -> RangeInclusive<Self> {
+    pub fn of(build: BuildId) -> RangeInclusive<Self> {
         let [first, .., last] = Artifact::ALL;
         Self { build, artifact: first, frame: 0 }..=Self { build, artifact: last, frame: u32::MAX }
     }

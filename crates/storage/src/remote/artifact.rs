@@ -1,6 +1,7 @@
 //! One artifact of a build in the object store, read at any offset.
 
 use std::{
+    fmt,
     ops::Range,
     sync::{Arc, mpsc},
 };
@@ -32,6 +33,12 @@ struct ArtifactShared {
     map: Arc<FrameMap>,
     recorder: Recorder,
     _pin: Arc<BuildPin>,
+}
+
+impl fmt::Display for RemoteArtifact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.build(), self.artifact())
+    }
 }
 
 impl RemoteArtifact {
@@ -111,6 +118,13 @@ impl RemoteArtifact {
             }
         }
         Ok(())
+    }
+
+    /// All of it. For artifacts that are small.
+    pub async fn read_all(&self) -> Result<Vec<u8>, RemoteError> {
+        let mut bytes = vec![0; self.size() as usize];
+        self.read_at(0, &mut bytes).await?;
+        Ok(bytes)
     }
 
     /// Fills `buf` from `offset` on this thread, which waits for the store if it must. For threads
