@@ -18,7 +18,7 @@ const BACKPORTS: &str = "bookworm-backports";
 /// What comes from there: QEMU 8.2 is the oldest that the QEMU driver takes, and the kernel is the one
 /// of Debian's next release.
 const FROM_BACKPORTS: &str = "qemu-* seabios ipxe-qemu linux-image-*";
-/// The release and its backports that have the QEMU which emulates the machine: see docs/adr/0014.
+/// The release and its backports that have the QEMU which emulates the machine: see docs/adr/0017.
 const EMULATOR_SUITE: &str = "trixie";
 const EMULATOR_BACKPORTS: &str = "trixie-backports";
 const EMULATOR_PACKAGES: &[&str] = &["qemu-system-x86", "seabios"];
