@@ -61,6 +61,17 @@ impl MappedDevice {
         self.sources.keys().copied()
     }
 
+    /// Gives the object store the order in which this device's artifacts there were read so far,
+    /// for those that open them later. Does nothing for those that have one.
+    pub async fn save_read_order(&self) -> Result<(), BlockError> {
+        for source in self.sources.values() {
+            if let Source::Remote { artifact, .. } = source {
+                artifact.save_recording().await.map_err(StorageError::from)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Fills `buf` from `offset` on this thread, which may have to wait for the disk or the network.
     pub fn read_blocking(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         check_range(offset, buf.len() as u64, self.header.size())?;

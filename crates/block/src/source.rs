@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use nidus_storage::{BuildArtifact, StorageError, remote::RemoteArtifact};
+use nidus_storage::{
+    BuildArtifact, StorageError,
+    remote::{ReadAhead, RemoteArtifact, RemoteError},
+};
 
 use crate::{BlockError, checked::CheckedFile};
 
@@ -12,7 +15,7 @@ pub(crate) enum Source {
     /// On this host's disk.
     Local(Arc<CheckedFile>),
     /// In an object store: what is read is fetched, and kept for a while.
-    Remote(RemoteArtifact),
+    Remote { artifact: RemoteArtifact, _ahead: Option<ReadAhead> },
 }
 
 impl Source {
@@ -20,7 +23,7 @@ impl Source {
     pub(crate) fn try_read(&self, offset: u64, buf: &mut [u8]) -> Result<bool, BlockError> {
         match self {
             Self::Local(file) => file.try_read(offset, buf),
-            Self::Remote(artifact) => artifact.try_read_at(offset, buf).map_err(remote),
+            Self::Remote { artifact, .. } => artifact.try_read_at(offset, buf).map_err(remote),
         }
     }
 
@@ -28,7 +31,7 @@ impl Source {
     pub(crate) async fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         match self {
             Self::Local(file) => file.read(offset, buf).await,
-            Self::Remote(artifact) => artifact.read_at(offset, buf).await.map_err(remote),
+            Self::Remote { artifact, .. } => artifact.read_at(offset, buf).await.map_err(remote),
         }
     }
 
@@ -36,7 +39,7 @@ impl Source {
     pub(crate) fn read_blocking(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         match self {
             Self::Local(file) => file.read_blocking(offset, buf),
-            Self::Remote(artifact) => artifact.read_blocking(offset, buf).map_err(remote),
+            Self::Remote { artifact, .. } => artifact.read_blocking(offset, buf).map_err(remote),
         }
     }
 }
@@ -45,11 +48,11 @@ impl From<BuildArtifact> for Source {
     fn from(artifact: BuildArtifact) -> Self {
         match artifact {
             BuildArtifact::Local(file) => Self::Local(Arc::new(CheckedFile::new(file))),
-            BuildArtifact::Remote(artifact) => Self::Remote(artifact),
+            BuildArtifact::Remote { artifact, ahead } => Self::Remote { artifact, _ahead: ahead },
         }
     }
 }
 
-fn remote(error: nidus_storage::remote::RemoteError) -> BlockError {
+fn remote(error: RemoteError) -> BlockError {
     StorageError::from(error).into()
 }

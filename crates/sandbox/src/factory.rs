@@ -406,7 +406,13 @@ impl Sandbox {
     pub async fn kill(self) -> Result<(), KillError> {
         let Self { machine, inner, .. } = self;
         // A task of its own, so that it goes to its end when the caller goes away.
-        let task = tokio::spawn(async move { machine.destroy(&inner.host.network).await });
+        let task = tokio::spawn(async move {
+            let template = machine.template().clone();
+            let destroyed = machine.destroy(&inner.host.network).await;
+            // For those to come: nobody waits for the object store.
+            tokio::spawn(async move { template.save_read_order().await });
+            destroyed
+        });
         task.await.unwrap_or_else(|e| {
             tracing::error!("the release of a sandbox did not finish: {e}");
             Ok(())

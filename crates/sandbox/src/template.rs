@@ -104,6 +104,16 @@ impl OpenTemplate {
         self.recording.get_or_init(recording);
     }
 
+    /// Gives the object store the order in which a sandbox read memory and disk, if they are there
+    /// and nobody did so before: the next one that opens the build has them sooner.
+    pub(crate) async fn save_read_order(&self) {
+        for device in [&self.memory, &self.disk] {
+            if let Err(e) = device.save_read_order().await {
+                tracing::warn!(build = %self.metadata.build_id, "an order of reads is lost: {e}");
+            }
+        }
+    }
+
     /// The device state, read-only and checked.
     pub async fn open_snapfile(&self) -> Result<File, CreateError> {
         let (store, build) = (self.store.clone(), self.metadata.build_id);

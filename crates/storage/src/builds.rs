@@ -15,8 +15,11 @@ use tracing::{info, warn};
 use crate::{
     Artifact, ArtifactFile, BuildId, LocalStore, StagedBuild, StorageError,
     error::blocking,
-    remote::{RemoteArtifact, RemoteBuild, RemoteError, RemoteReader, RemoteTask, Uploader},
+    remote::{ReadAhead, RemoteArtifact, RemoteBuild, RemoteError, RemoteReader, RemoteTask, Uploader},
 };
+
+/// The most bytes of an artifact that are fetched ahead of need.
+const AHEAD: u64 = 256 << 20;
 
 /// A local store and, if there is one, the object store behind it. Clones share both.
 ///
@@ -47,7 +50,12 @@ pub enum BuildArtifact {
     /// On this node's disk.
     Local(ArtifactFile),
     /// In the object store.
-    Remote(RemoteArtifact),
+    Remote {
+        /// The artifact.
+        artifact: RemoteArtifact,
+        /// What is fetched of it ahead of need, until this is dropped.
+        ahead: Option<ReadAhead>,
+    },
 }
 
 impl BuildArtifact {
@@ -55,7 +63,7 @@ impl BuildArtifact {
     pub fn size(&self) -> u64 {
         match self {
             Self::Local(file) => file.size(),
-            Self::Remote(artifact) => artifact.size(),
+            Self::Remote { artifact, .. } => artifact.size(),
         }
     }
 
@@ -63,7 +71,7 @@ impl BuildArtifact {
     pub fn location(&self) -> PathBuf {
         match self {
             Self::Local(file) => file.path().to_owned(),
-            Self::Remote(artifact) => Path::new("data").join(artifact.to_string()),
+            Self::Remote { artifact, .. } => Path::new("data").join(artifact.to_string()),
         }
     }
 }
@@ -74,10 +82,16 @@ impl From<ArtifactFile> for BuildArtifact {
     }
 }
 
+impl From<LocalStore> for Builds {
+    fn from(local: LocalStore) -> Self {
+        Self { local, remote: None }
+    }
+}
+
 impl Builds {
     /// Those in a local store at `root` alone: see [`LocalStore::open`].
     pub fn open(root: impl AsRef<Path>) -> Result<Self, StorageError> {
-        Ok(Self { local: LocalStore::open(root)?, remote: None })
+        LocalStore::open(root).map(Self::from)
     }
 
     /// Those in a local store and those that `reader` reads. `uploader` brings the first to the second.
@@ -128,12 +142,19 @@ impl Builds {
 
     /// Opens an artifact for reading. Blocks, and so must not run on a thread of the runtime.
     ///
+    /// Of a memory or a disk in the object store, what an earlier reader needed first is fetched ahead.
+    ///
     /// Fails with [`StorageError::NotFound`] if the build is nowhere, as
     /// [`LocalStore::open_artifact`] does if it is here, and with [`StorageError::Remote`] otherwise.
     pub fn open_artifact(&self, build: BuildId, artifact: Artifact) -> Result<BuildArtifact, StorageError> {
         match self.remote_blocking(build)? {
             None => Ok(self.local.open_artifact(build, artifact)?.into()),
-            Some(remote) => Ok(BuildArtifact::Remote(remote.artifact(artifact)?)),
+            Some(remote) => {
+                let is_large = matches!(artifact, Artifact::Memfile | Artifact::Rootfs);
+                let artifact = remote.artifact(artifact)?;
+                let ahead = is_large.then(|| artifact.read_ahead_as_recorded(AHEAD));
+                Ok(BuildArtifact::Remote { artifact, ahead })
+            }
         }
     }
 

@@ -79,7 +79,7 @@ impl Node {
         let text = self.builds.read(build, Artifact::Metadata).await.unwrap();
         assert_eq!(text, format!("{seed}").as_bytes());
         let memfile = self.open(build, Artifact::Memfile).await.unwrap();
-        assert_eq!((memfile.size(), matches!(memfile, BuildArtifact::Remote(_))), (100_000, remote));
+        assert_eq!((memfile.size(), matches!(memfile, BuildArtifact::Remote { .. })), (100_000, remote));
         let builds = self.builds.clone();
         let open = move || builds.open_file(build, Artifact::Memfile);
         let mut file = tokio::task::spawn_blocking(open).await.unwrap().unwrap();
