@@ -19,7 +19,7 @@ def generated(tmp_path_factory):
     """Python modules made from the .proto files that the daemon is built from."""
     out = tmp_path_factory.mktemp("proto")
     include = importlib.resources.files("grpc_tools") / "_proto"
-    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto"])
+    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto"])
     assert code == 0
     sys.path.insert(0, str(out))
     try:
@@ -34,6 +34,16 @@ def node(shared_daemon, generated):
     messages, services = generated
     with grpc.insecure_channel(shared_daemon.node_addr) as channel:
         yield messages, services.SandboxServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def delete_build(shared_daemon, generated):
+    """Deletes a build on the node."""
+    messages = importlib.import_module("template_manager_pb2")
+    services = importlib.import_module("template_manager_pb2_grpc")
+    with grpc.insecure_channel(shared_daemon.node_addr) as channel:
+        stub = services.TemplateServiceStub(channel)
+        yield lambda build: stub.TemplateBuildDelete(messages.TemplateBuildDeleteRequest(buildID=build))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +157,30 @@ def test_the_same_id_twice(node, template_config):
         assert create.sandbox.sandbox_id in listed(stub)
     finally:
         stub.Delete(messages.SandboxDeleteRequest(sandbox_id=create.sandbox.sandbox_id))
+
+
+def test_checkpoint(node, delete_build, template_config):
+    messages, stub = node
+    create = request(messages, template_config, 120)
+    stub.Create(create)
+    sandbox_id, build_id = create.sandbox.sandbox_id, str(uuid.uuid4())
+    checkpoint = messages.SandboxCheckpointRequest(sandbox_id=sandbox_id, build_id=build_id)
+    said = stub.Checkpoint(checkpoint).scheduling_metadata
+    assert said.build_id == build_id and build_id in said.memfile_build_ids
+    assert said.memfile_base_build_id == template_config.build_id
+    assert sandbox_id in listed(stub), "it runs on"
+    assert status_of(lambda: stub.Checkpoint(checkpoint))[0] == grpc.StatusCode.ALREADY_EXISTS
+    for changes, code in (({"sandbox_id": "inosuch"}, "NOT_FOUND"), ({"build_id": "../x"}, "INVALID_ARGUMENT")):
+        broken = messages.SandboxCheckpointRequest(**{"sandbox_id": sandbox_id, "build_id": str(uuid.uuid4())} | changes)
+        assert status_of(lambda broken=broken: stub.Checkpoint(broken))[0].name == code
+    child = request(messages, template_config, 120, build_id=build_id, snapshot=True)
+    stub.Create(child)
+    # Not while the child runs from it, and then it goes.
+    assert status_of(lambda: delete_build(build_id))[0] == grpc.StatusCode.FAILED_PRECONDITION
+    for sandbox in (sandbox_id, child.sandbox.sandbox_id):
+        stub.Delete(messages.SandboxDeleteRequest(sandbox_id=sandbox))
+    delete_build(build_id)
+    assert status_of(lambda: delete_build(build_id))[0] == grpc.StatusCode.NOT_FOUND
 
 
 def test_health_over_http_on_the_same_port(shared_daemon):

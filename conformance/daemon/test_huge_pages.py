@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from e2b import Sandbox
 from support import sandboxes
-from support.counting import count, counting, goes_on
+from support.counting import count, count_beyond, counting
 from support.daemon import DEFAULT_DATA_DIR, wait_for
 
 pytestmark = pytest.mark.skipif(os.environ.get("NIDUS_VMM") != "firecracker", reason="only Firecracker gives a guest huge pages")
@@ -39,7 +39,7 @@ def test_huge_pages(make_daemon, host, pool):
     assert sandbox.pause(**mine) is True
     wait_for("its pages to come back", lambda: free() == 300, 10)
     resumed = Sandbox.connect(sandbox.sandbox_id, timeout=300, **mine)
-    goes_on(resumed, before)
+    count_beyond(resumed, before)
     assert resumed.kill(**mine) is True
     wait_for("its pages to come back", lambda: free() == 300, 10)
     assert daemon.terminate() == 0

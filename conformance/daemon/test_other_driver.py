@@ -5,7 +5,7 @@ import os
 import pytest
 from e2b import Sandbox, SandboxException
 from support import sandboxes
-from support.counting import count, counting, goes_on
+from support.counting import count, count_beyond, counting
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("NIDUS_FIRECRACKER") or os.environ.get("NIDUS_TESTBED") != "1",
@@ -34,7 +34,7 @@ def test_paused_under_one_driver(make_daemon, host, own, other):
 
     third = start(own, first.key)
     resumed = Sandbox.connect(sandbox.sandbox_id, timeout=300, **sandboxes.options(third))
-    goes_on(resumed)
+    count_beyond(resumed, count(resumed))
     assert resumed.kill(**sandboxes.options(third)) is True
     assert third.terminate() == 0
     host.assert_clean()

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from e2b import Sandbox, SandboxException, SandboxState
 from support import sandboxes
-from support.counting import count, counting, goes_on
+from support.counting import count, count_beyond, counting
 from support.daemon import DEFAULT_DATA_DIR
 
 
@@ -24,7 +24,7 @@ def test_paused_over_a_restart(make_daemon, host, end):
     info = Sandbox.get_info(sandbox.sandbox_id, **mine)
     assert info.state == SandboxState.PAUSED
     resumed = Sandbox.connect(sandbox.sandbox_id, timeout=300, **mine)
-    goes_on(resumed, before)
+    count_beyond(resumed, before)
     assert resumed.kill(**mine) is True
     assert second.terminate() == 0
     host.assert_clean()
@@ -41,7 +41,7 @@ def test_a_full_disk_leaves_the_sandbox_running(daemon, host):
         assert list(staging.iterdir()) == [], "what was written of the pause is gone"
     finally:
         subprocess.run(["umount", str(staging)], check=True)
-    goes_on(sandbox)
+    count_beyond(sandbox, count(sandbox))
     assert Sandbox.get_info(sandbox.sandbox_id, **mine).state == SandboxState.RUNNING
     assert sandbox.pause(**mine) is True
     assert sandbox.kill(**mine) is True

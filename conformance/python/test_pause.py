@@ -1,50 +1,15 @@
 """Pause and resume through the official Python SDK: what was in memory and on disk goes on."""
 
-import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from e2b import NotFoundException, Sandbox, SandboxException, SandboxNotFoundException, SandboxQuery, SandboxState
 from support.checks import assert_error_body
+from support.counting import builds_of, count_beyond, start_counting
 from support.daemon import wait_for
 
-COUNTER = """
-import time
-n = 0
-while True:
-    n += 1
-    with open("/tmp/count.new", "w") as f:
-        f.write(str(n))
-    import os
-    os.rename("/tmp/count.new", "/tmp/count")
-    time.sleep(0.05)
-"""
-
 MIB = 1 << 20
-
-
-def count(sandbox):
-    return int(sandbox.files.read("/tmp/count"))
-
-
-def count_beyond(sandbox, least, seconds=30):
-    deadline = time.monotonic() + seconds
-    while (seen := count(sandbox)) <= least:
-        assert time.monotonic() < deadline, f"the counter stays at {seen}"
-        time.sleep(0.1)
-    return seen
-
-
-def start_counting(sandbox):
-    sandbox.files.write("/home/user/counter.py", COUNTER)
-    handle = sandbox.commands.run("exec python3 /home/user/counter.py", background=True, timeout=0)
-    deadline = time.monotonic() + 30
-    while not sandbox.files.exists("/tmp/count"):
-        assert time.monotonic() < deadline, "the counter does not count"
-        time.sleep(0.1)
-    return handle.pid
 
 
 def states(sandbox_id, *wanted):
@@ -117,11 +82,10 @@ def test_unknown_ones(api):
 
 def test_killing_a_paused_one(new_sandbox):
     sandbox = new_sandbox()
-    builds = published()
     sandbox.pause()
-    assert len(published() - builds) == 1
+    assert len(builds_of(sandbox.sandbox_id)) == 1
     assert sandbox.kill() is True
-    assert published() == builds, "a killed sandbox leaves no build"
+    assert builds_of(sandbox.sandbox_id) == set(), "a killed sandbox leaves no build"
     assert sandbox.kill() is False
     assert states(sandbox.sandbox_id) == []
     with pytest.raises(SandboxNotFoundException):
@@ -141,7 +105,6 @@ def test_two_resumes_have_different_random_state(new_sandbox):
 def test_a_line_of_pauses_keeps_every_byte(new_sandbox):
     """Memory and disk hash the same after each of several pauses, of which each changes some."""
     sandbox = new_sandbox()
-    builds = published()
     sandbox.commands.run("head -c 20000000 /dev/urandom > /dev/shm/known; cp /dev/shm/known /home/user/known; sync")
     hashes = "sha256sum /dev/shm/known /home/user/known"
     expected = sandbox.commands.run(hashes).stdout
@@ -159,7 +122,7 @@ def test_a_line_of_pauses_keeps_every_byte(new_sandbox):
         sandbox.commands.run("echo 3 > /proc/sys/vm/drop_caches", user="root")
         assert sandbox.commands.run(hashes).stdout == expected
     assert sandbox.kill() is True
-    assert published() == builds, "all pauses of the line are gone"
+    assert builds_of(sandbox.sandbox_id) == set(), "all pauses of the line are gone"
 
 
 def test_only_what_changed_is_stored(new_sandbox, capsys):
@@ -168,12 +131,12 @@ def test_only_what_changed_is_stored(new_sandbox, capsys):
     sandbox.commands.run("true")
     sandbox.pause()
     sandbox.connect(timeout=300)
-    builds = published()
+    builds = builds_of(sandbox.sandbox_id)
     sandbox.commands.run(
         "head -c 20971520 /dev/urandom > /dev/shm/m;"
         "dd if=/dev/urandom of=/root/d bs=1M count=5 iflag=fullblock oflag=direct status=none; sync", user="root")
     sandbox.pause()
-    (new,) = published() - builds
+    (new,) = builds_of(sandbox.sandbox_id) - builds
     memory, disk = (stored(new / name) for name in ("memfile", "rootfs.ext4"))
     with capsys.disabled():
         print(f"\nstored of 20 MiB memory and 5 MiB disk: {memory / MIB:.1f} and {disk / MIB:.1f} MiB")
@@ -237,14 +200,6 @@ def test_rapid_rounds_and_races_have_one_outcome(new_sandbox, api):
     pausing.join()
     assert outcomes[0][1] in (204, 404)
     assert states(sandbox_id) == []
-
-
-def storage() -> Path:
-    return Path(os.environ.get("NIDUS_TEST_DATA_DIR", "/var/lib/nidus-test")) / "storage"
-
-
-def published() -> set:
-    return {path for path in storage().iterdir() if not path.name.startswith(".")}
 
 
 def stored(path) -> int:

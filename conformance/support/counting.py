@@ -1,33 +1,82 @@
-"""A sandbox with a Python process that counts in its memory: it shows whether the guest goes on where it was."""
+"""A process that counts in its memory, and the builds that a sandbox has made of itself."""
 
 from __future__ import annotations
 
-from . import sandboxes
-from .daemon import wait_for
+import json
+import os
+import time
+from pathlib import Path
 
-COUNTER = "import time\nn = 0\nwhile True:\n    n += 1\n    open('/tmp/count', 'w').write(f'{n}\\n')\n    time.sleep(0.05)\n"
+from . import sandboxes
+
+COUNTER = """
+import os
+import time
+token = os.urandom(8).hex()
+# A file without a name: only this process has it.
+held = open("/home/user/held", "w+")
+os.unlink("/home/user/held")
+held.write(token[::-1])
+held.flush()
+n = 0
+while True:
+    n += 1
+    held.seek(0)
+    name = open("/home/user/name").read() if os.path.exists("/home/user/name") else ""
+    with open("/tmp/count.new", "w") as f:
+        f.write(f"{n} {token} {held.read()} {name}")
+    os.rename("/tmp/count.new", "/tmp/count")
+    time.sleep(0.05)
+"""
+
+
+def state(sandbox) -> tuple[int, str, str, str]:
+    """The counter's count, its secret, what it reads from the file that it holds open, and the
+    name that its sandbox was given."""
+    number, token, held, name = sandbox.files.read("/tmp/count").split(" ")
+    return int(number), token, held, name
 
 
 def count(sandbox) -> int:
-    """The last whole number that was written."""
-    text = sandbox.files.read("/tmp/count")
-    return int(text) if text.endswith("\n") else 0
+    return state(sandbox)[0]
 
 
-def start_counting(sandbox) -> None:
+def count_beyond(sandbox, least, seconds=30):
+    deadline = time.monotonic() + seconds
+    while (seen := count(sandbox)) <= least:
+        assert time.monotonic() < deadline, f"the counter stays at {seen}"
+        time.sleep(0.1)
+    return seen
+
+
+def start_counting(sandbox) -> int:
+    """Starts it and returns its process id once it counts."""
     sandbox.files.write("/home/user/counter.py", COUNTER)
-    sandbox.commands.run("exec python3 /home/user/counter.py", background=True, timeout=0)
-    wait_for("the counter to count", lambda: sandbox.files.exists("/tmp/count") and count(sandbox) > 2, 30, every=0.2)
+    handle = sandbox.commands.run("exec python3 /home/user/counter.py", background=True, timeout=0)
+    deadline = time.monotonic() + 30
+    while not sandbox.files.exists("/tmp/count"):
+        assert time.monotonic() < deadline, "the counter does not count"
+        time.sleep(0.1)
+    return handle.pid
 
 
-def counting(daemon):
-    """A new sandbox that counts."""
-    sandbox = sandboxes.create(daemon)
+def counting(daemon, **options):
+    """A new sandbox of this daemon that counts."""
+    sandbox = sandboxes.create(daemon, **options)
     start_counting(sandbox)
     return sandbox
 
 
-def goes_on(sandbox, beyond: int | None = None) -> None:
-    """Waits until it counts beyond this number, or beyond what it has counted now."""
-    beyond = count(sandbox) if beyond is None else beyond
-    wait_for("it to go on counting", lambda: count(sandbox) > beyond, 30, every=0.2)
+def builds_of(*sandbox_ids) -> set:
+    """The published builds that were made of these sandboxes."""
+    storage = Path(os.environ.get("NIDUS_TEST_DATA_DIR", "/var/lib/nidus-test")) / "storage"
+    found = set()
+    for path in storage.iterdir():
+        try:
+            metadata = json.loads((path / "metadata.json").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            # Not published yet, or deleted just now.
+            continue
+        if metadata.get("guest", {}).get("env_vars", {}).get("E2B_SANDBOX_ID") in sandbox_ids:
+            found.add(path)
+    return found

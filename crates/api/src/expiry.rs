@@ -1,16 +1,17 @@
-//! Sandboxes that are paused, not killed, when their time is over.
+//! Sandboxes that are paused, not killed, when their time is over; and builds that nobody needs any more.
 //!
 //! The node keeps such a sandbox beyond its end for some minutes, for this task to pause it: what
 //! is paused is the API's to know. Should the API be gone for longer, the node ends it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use nidus_proto::node::RunningSandbox;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
+use crate::checkpoint::SWEEP;
 use crate::sandboxes::time;
 use crate::{Api, list};
 
@@ -19,6 +20,7 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// Pauses what is over until `stop`.
 pub async fn run(api: Arc<Api>, stop: CancellationToken) {
+    let mut swept = Instant::now();
     while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
         // A node that cannot be asked is asked again.
         let Ok(all) = api.nodes.list().await else { continue };
@@ -38,6 +40,11 @@ pub async fn run(api: Arc<Api>, stop: CancellationToken) {
         }
         // To the end, also when stopped: each is a sandbox half on its way.
         while pauses.join_next().await.is_some() {}
+        if swept.elapsed() >= SWEEP {
+            // Those that ran from a checkpoint may have ended by themselves.
+            api.sweep().await;
+            swept = Instant::now();
+        }
     }
 }
 

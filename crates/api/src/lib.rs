@@ -4,7 +4,9 @@
 //! them, so that the API can end and start again without losing one.
 
 mod auth;
+mod auto_resume;
 mod build;
+mod checkpoint;
 mod error;
 mod expiry;
 mod input;
@@ -54,13 +56,21 @@ pub struct Api {
     pub(crate) store: Store,
     pub(crate) nodes: Nodes,
     pub(crate) turns: pause::Turns,
+    pub(crate) in_hand: checkpoint::InHand,
     ready: AtomicBool,
 }
 
 impl Api {
     /// Not ready until [`Api::set_ready`] says so.
     pub fn new(config: ApiConfig, store: Store, nodes: Nodes) -> Arc<Self> {
-        Arc::new(Self { config, store, nodes, turns: Default::default(), ready: AtomicBool::new(false) })
+        Arc::new(Self {
+            config,
+            store,
+            nodes,
+            turns: Default::default(),
+            in_hand: Default::default(),
+            ready: AtomicBool::new(false),
+        })
     }
 
     /// Whether sandboxes can be created, as far as the caller knows; `GET /health` also asks the

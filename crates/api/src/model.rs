@@ -141,6 +141,34 @@ pub struct ResumeRequest {
 }
 
 #[derive(Debug, Default, Deserialize)]
+pub struct SnapshotRequest {
+    pub name: Option<String>,
+    pub memory: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct SnapshotInfo {
+    #[serde(rename = "snapshotID")]
+    pub snapshot_id: String,
+    pub names: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub struct ForkRequest {
+    pub timeout: Option<i64>,
+    pub count: Option<i64>,
+}
+
+/// A child that runs, or why it does not.
+#[derive(Debug, Serialize)]
+pub struct ForkResult {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<Sandbox>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
 pub struct RefreshRequest {
     pub duration: Option<i64>,
 }

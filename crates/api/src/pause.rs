@@ -39,7 +39,7 @@ const MANY_TURNS: usize = 256;
 
 impl Turns {
     /// Waits for the sandbox's turn and takes it until the result is dropped.
-    async fn take(&self, id: &str) -> OwnedMutexGuard<()> {
+    pub async fn take(&self, id: &str) -> OwnedMutexGuard<()> {
         let turn = {
             let mut turns = self.0.lock();
             if turns.len() > MANY_TURNS {
@@ -57,7 +57,7 @@ impl Turns {
 }
 
 /// Runs a change to its end, whether its client waits for it or not.
-async fn to_its_end<T: Send + 'static>(
+pub async fn to_its_end<T: Send + 'static>(
     change: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Result<T, ApiError> {
     let lost =
@@ -65,7 +65,7 @@ async fn to_its_end<T: Send + 'static>(
     tokio::spawn(change).await.unwrap_or_else(|e| Err(lost(e)))
 }
 
-fn conflict(text: String) -> ApiError {
+pub fn conflict(text: String) -> ApiError {
     ApiError::new(StatusCode::CONFLICT, text)
 }
 
@@ -107,6 +107,8 @@ impl Api {
         for old in self.store.snapshots_of(&team.id, id).await?.iter().skip(1) {
             self.delete_snapshot(old).await?;
         }
+        // It may have been the last that ran from a checkpoint.
+        self.sweep().await;
         Ok(())
     }
 
@@ -135,7 +137,7 @@ impl Api {
         Ok(true)
     }
 
-    async fn resume(
+    pub(crate) async fn resume(
         &self,
         team: &Team,
         id: &str,
@@ -165,10 +167,12 @@ impl Api {
         for s in self.store.snapshots_of(&team.id, id).await? {
             found |= s.paused;
             if !self.delete_snapshot(&s).await? {
-                tracing::warn!(build = s.build_id, "other builds read this pause of a killed sandbox");
+                // Forks of it or snapshots read it.
+                self.store.note_checkpoint(&s.build_id, &s.config.template_id).await?;
                 self.store.forget_snapshot(&s.build_id).await?;
             }
         }
+        self.sweep().await;
         if found { Ok(()) } else { Err(not_found(id)) }
     }
 
@@ -192,11 +196,12 @@ impl Api {
         Ok((StatusCode::CREATED, self.resume(team, id, length, None).await?))
     }
 
-    fn default_length(&self) -> TimeDelta {
+    pub(crate) fn default_length(&self) -> TimeDelta {
         TimeDelta::from_std(self.config.default_timeout).unwrap_or(TimeDelta::MAX)
     }
 
-    /// Finds out what became of pauses that were under way when the daemon ended.
+    /// Finds out what became of pauses that were under way when the daemon ended; what became of
+    /// checkpoints is nobody's, and goes.
     pub(crate) async fn recover_pauses(&self) -> Result<(), ApiError> {
         for s in self.store.interrupted_pauses().await? {
             if self.node_has(&s.config.template_id, &s.build_id).await? {
@@ -209,6 +214,7 @@ impl Api {
             );
             self.store.forget_snapshot(&s.build_id).await?;
         }
+        self.sweep().await;
         Ok(())
     }
 }

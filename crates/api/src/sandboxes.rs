@@ -23,7 +23,8 @@ use crate::model::{
 };
 use crate::pause;
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
-use crate::{Api, ApiError};
+use crate::templates::plain_name;
+use crate::{Api, ApiError, auto_resume};
 
 /// Time of a sandbox made by the old call when it does not say (contract).
 const OLD_DEFAULT: Duration = Duration::from_secs(15);
@@ -39,7 +40,11 @@ pub fn random_id(len: usize) -> Result<String, String> {
     Ok(bytes.iter().map(|b| LETTERS[usize::from(b & 31)] as char).collect())
 }
 
-fn secret() -> Result<String, ApiError> {
+pub fn new_sandbox_id() -> Result<String, ApiError> {
+    Ok(format!("i{}", random_id(20).map_err(ApiError::bad)?))
+}
+
+pub fn secret() -> Result<String, ApiError> {
     let mut bytes = [0u8; 32];
     getrandom::fill(&mut bytes)
         .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("no random bytes: {e}")))?;
@@ -125,9 +130,7 @@ impl Api {
     /// The newest usable build of a template that this team may use, by id or name.
     pub(crate) async fn usable(&self, team: &str, name: &str) -> Result<(TemplateRow, BuildRow), ApiError> {
         let missing = || ApiError::not_found(format!("Template '{}' was not found", shown(name)));
-        // Builds have no tags yet but the one that every build has.
-        let plain = name.strip_suffix(":default").or_else(|| name.strip_suffix(":latest")).unwrap_or(name);
-        let template = self.store.template(plain).await?.filter(|t| t.public || t.team_id == team);
+        let template = self.store.template(plain_name(name)).await?.filter(|t| t.public || t.team_id == team);
         let template = template.ok_or_else(missing)?;
         let builds = self.store.builds(&template.id).await?;
         match builds.into_iter().find(|b| b.status == BuildStatus::Ready) {
@@ -164,7 +167,7 @@ impl Api {
             build_id: build.id.clone(),
             kernel_version: build.kernel_version,
             firecracker_version: build.vmm_version,
-            sandbox_id: format!("i{}", random_id(20).map_err(ApiError::bad)?),
+            sandbox_id: new_sandbox_id()?,
             env_vars: new.env_vars.unwrap_or_default(),
             metadata: new.metadata.unwrap_or_default(),
             alias: template.aliases.first().cloned(),
@@ -179,6 +182,7 @@ impl Api {
             execution_id: Uuid::new_v4().to_string(),
             allow_internet_access: new.allow_internet_access,
             auto_pause: new.auto_pause == Some(true),
+            auto_resume: new.auto_resume.filter(|r| r.enabled).map(|_| auto_resume::policy(seconds)),
             network,
             ..SandboxConfig::default()
         };
@@ -227,7 +231,6 @@ fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
     };
     for (is, what) in [
         (new.auto_pause_memory == Some(false), "autoPauseMemory: false"),
-        (new.auto_resume.as_ref().is_some_and(|r| r.enabled), "autoResume"),
         (asked(&new.mcp), "mcp"),
         (asked(&new.iam), "iam"),
         (new.volume_mounts.as_ref().is_some_and(|v| !v.is_empty()), "volumeMounts"),
@@ -356,13 +359,17 @@ pub async fn detail(
         }
     };
     let c = known.sandbox.config.clone().unwrap_or_default();
+    let lifecycle = Lifecycle {
+        auto_resume: auto_resume::is_on(&c),
+        on_timeout: if c.auto_pause { "pause" } else { "kill" },
+    };
     Ok(Json(SandboxDetail {
         listed: listed(&known),
         network: network_of(&c),
         envd_access_token: c.envd_access_token,
         allow_internet_access: c.allow_internet_access,
         domain: api.config.domain.clone(),
-        lifecycle: Lifecycle { auto_resume: false, on_timeout: if c.auto_pause { "pause" } else { "kill" } },
+        lifecycle,
     }))
 }
 

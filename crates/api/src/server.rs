@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
-use crate::{Api, ApiError, expiry, pause, sandboxes, templates};
+use crate::{Api, ApiError, checkpoint, expiry, pause, sandboxes, templates};
 
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// A client's connection without a request for this long is closed. The SDKs keep theirs for up to
@@ -66,6 +66,9 @@ fn router(api: Arc<Api>) -> Router {
         .route("/sandboxes/{id}/resume", post(pause::resume))
         .route("/sandboxes/{id}/connect", post(pause::connect))
         .route("/v2/sandboxes/{id}/connect", post(pause::connect_v2))
+        .route("/sandboxes/{id}/snapshots", post(checkpoint::snapshot))
+        .route("/sandboxes/{id}/fork", post(checkpoint::fork))
+        .route("/snapshots", get(checkpoint::list))
         .route("/templates", get(templates::list))
         .route("/v2/templates", get(templates::list))
         .route("/v3/templates", post(templates::request_build))
@@ -80,10 +83,7 @@ fn router(api: Arc<Api>) -> Router {
         "/sandboxes/{id}/logs",
         "/v2/sandboxes/{id}/logs",
         "/sandboxes/{id}/metrics",
-        "/sandboxes/{id}/fork",
         "/sandboxes/{id}/network",
-        "/sandboxes/{id}/snapshots",
-        "/snapshots",
         "/templates/{id}/files/{hash}",
         "/templates/{id}/tags",
         "/templates/tags",

@@ -113,13 +113,17 @@ pub async fn alias(
 }
 
 pub async fn delete(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    let t = api.owned(&team, &id).await?;
+    let t = api.owned(&team, plain_name(&id)).await?;
     for b in api.store.builds(&t.id).await? {
-        let request = TemplateBuildDeleteRequest { build_id: b.id, template_id: t.id.clone() };
+        let request = TemplateBuildDeleteRequest { build_id: b.id.clone(), template_id: t.id.clone() };
         match api.nodes.templates().template_build_delete(request).await {
             Ok(_) => {}
             // It failed, or is gone already.
             Err(s) if s.code() == tonic::Code::NotFound => {}
+            // Sandboxes made of a snapshot outlive it; its build goes with the last of them.
+            Err(s) if s.code() == tonic::Code::FailedPrecondition && t.snapshot_of.is_some() => {
+                api.store.note_checkpoint(&b.id, &t.id).await?;
+            }
             Err(s) => return Err(s.into()),
         }
     }
@@ -127,8 +131,13 @@ pub async fn delete(State(api): Shared, team: Team, Path(id): Path<String>) -> R
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// A template's name or id without its tag: builds have none yet but the one that every build has.
+pub fn plain_name(name: &str) -> &str {
+    name.strip_suffix(":default").or_else(|| name.strip_suffix(":latest")).unwrap_or(name)
+}
+
 /// A name that can stand in a URL and in front of a tag.
-fn check_name(name: &str) -> Result<(), ApiError> {
+pub fn check_name(name: &str) -> Result<(), ApiError> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_';
     if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(plain) {
         let shown: String = name.chars().filter(|c| !c.is_control()).take(100).collect();

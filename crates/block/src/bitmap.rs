@@ -63,6 +63,17 @@ pub struct DirtyBlocks {
 }
 
 impl DirtyBlocks {
+    /// What any of several bitmaps over one device has, of which there is at least one.
+    pub(crate) fn union<'a>(mut all: impl Iterator<Item = &'a AtomicBitmap>) -> Self {
+        let first = all.next().map_or_else(|| AtomicBitmap::new(0).snapshot(), AtomicBitmap::snapshot);
+        all.fold(first, |union, next| {
+            for (word, more) in union.bitmap.words.iter().zip(&next.words) {
+                word.fetch_or(more.load(Ordering::Acquire), Ordering::Relaxed);
+            }
+            union
+        })
+    }
+
     /// How many blocks the device has.
     pub fn blocks(&self) -> u64 {
         self.bitmap.bits

@@ -20,7 +20,7 @@ const MAX_BUILDS: usize = 6;
 /// Likewise one that has more pieces than this, if some of them are others'.
 const MAX_MAPPINGS: usize = 16 << 10;
 /// Up to so many bytes between two pieces that are taken are taken along, so that the three become one.
-const GAP: u64 = 32 << 10;
+const GAP: u64 = 64 << 10;
 /// Blocks are copied in pieces of at most this many bytes.
 const PIECE: u64 = 256 << 10;
 

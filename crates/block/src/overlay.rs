@@ -8,19 +8,27 @@
 //! up. Two such writes, or one and a write of the whole block, would lose bytes if they ran
 //! together; so bringing up excludes every other change of the overlay, while all other changes run
 //! side by side. File systems with 4 KiB blocks never write parts of blocks, so this is rare.
+//!
+//! [`Overlay::freeze`] puts a new, empty layer on top: what was written until then stands still and
+//! can be stored while the guest writes on.
 
-use std::{fs::OpenOptions, ops::Range, os::unix::fs::OpenOptionsExt, path::PathBuf, sync::Arc};
+use std::{
+    ops::Range,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::RwLock;
-use tracing::warn;
 
 use crate::{
     BlockDevice, BlockError, DirtyBlocks, ReadDevice, Zeroing,
-    bitmap::AtomicBitmap,
     device::check_range,
-    file::{INLINE_MAX, PositionedFile, blocking},
+    file::{INLINE_MAX, blocking},
+    layers::{Change, Frozen, Layer, pieces},
 };
 
 /// The unit of copying and of the dirty bitmap, in bytes.
@@ -28,116 +36,99 @@ pub const BLOCK_SIZE: u64 = 4096;
 
 /// A writable device over a read-only one, which it leaves unchanged.
 ///
-/// The overlay lives as long as this value: nothing about it but the bytes of its cache file is on
-/// the disk, and the file is removed with the last reference.
+/// The overlay lives as long as this value: nothing about it but the bytes of its layers' files is
+/// on the disk, and the files are removed with the last reference.
 pub struct Overlay {
     base: Arc<dyn ReadDevice>,
-    cache: Arc<Cache>,
-    /// Held shared by changes, exclusively by a change that brings up the rest of a block.
-    changes: Arc<RwLock<()>>,
-}
-
-struct Cache {
-    file: Arc<PositionedFile>,
-    dirty: AtomicBitmap,
-}
-
-impl Drop for Cache {
-    fn drop(&mut self) {
-        let path = self.file.path();
-        if let Err(error) = std::fs::remove_file(path)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            warn!(%error, path = %path.display(), "cannot remove an overlay's cache file");
-        }
-    }
-}
-
-enum Change {
-    Data(Bytes),
-    Zeros(u64, Zeroing),
-}
-
-impl Change {
-    fn len(&self) -> u64 {
-        match self {
-            Self::Data(data) => data.len() as u64,
-            Self::Zeros(len, _) => *len,
-        }
-    }
+    /// The newest first; it alone is written. Never empty.
+    layers: parking_lot::RwLock<Arc<[Arc<Layer>]>>,
+    /// Held shared by changes, exclusively by a change that brings up the rest of a block and by
+    /// what puts another layer on top.
+    changes: Arc<tokio::sync::RwLock<()>>,
+    /// Held by the one [`Frozen`] that there may be.
+    frozen: Arc<tokio::sync::Mutex<()>>,
+    path: PathBuf,
+    /// Layers made so far, for the names of their files.
+    made: AtomicU64,
 }
 
 impl Overlay {
-    /// Makes an overlay over `base` whose writes go to a new file at `cache_path` (mode 0600),
-    /// which must not exist.
-    pub async fn create(
-        base: Arc<dyn ReadDevice>,
-        cache_path: impl Into<PathBuf>,
-    ) -> Result<Self, BlockError> {
-        let (path, size) = (cache_path.into(), base.size());
-        let cache = blocking(move || {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&path)
-                .map_err(|e| BlockError::io("create", &path, e))?;
-            let sized = file.set_len(size).map_err(|e| BlockError::io("set the size of", &path, e));
-            // From here on the file is removed if anything fails.
-            let cache = Cache {
-                file: Arc::new(PositionedFile::new(file, path)),
-                dirty: AtomicBitmap::new(size.div_ceil(BLOCK_SIZE)),
-            };
-            sized.map(|()| cache)
+    /// Makes an overlay over `base` whose writes go to a new file at `path` (mode 0600), which must
+    /// not exist. Files of later layers have a number added to that name.
+    pub async fn create(base: Arc<dyn ReadDevice>, path: impl Into<PathBuf>) -> Result<Self, BlockError> {
+        let (path, size) = (path.into(), base.size());
+        let first = path.clone();
+        let layer = blocking(move || Layer::create(first, size)).await?;
+        Ok(Self {
+            base,
+            layers: parking_lot::RwLock::new([Arc::new(layer)].into()),
+            changes: Arc::default(),
+            frozen: Arc::default(),
+            path,
+            made: AtomicU64::new(1),
         })
-        .await?;
-        Ok(Self { base, cache: Arc::new(cache), changes: Arc::default() })
     }
 
-    /// The blocks that were written or zeroed so far: what a snapshot must store.
+    /// The blocks that were written or zeroed so far.
     pub fn dirty(&self) -> DirtyBlocks {
-        self.cache.dirty.snapshot()
+        DirtyBlocks::union(self.layers().iter().map(|l| &l.dirty))
     }
 
-    /// The file with the overlay's own blocks, each at its offset in the device.
-    pub fn cache_path(&self) -> &std::path::Path {
-        self.cache.file.path()
+    /// Everything that was written so far, standing still: later writes go to a new layer. Waits
+    /// for writes that are under way, and for an earlier result of this to be dropped or
+    /// [merged](Overlay::merge).
+    pub async fn freeze(&self) -> Result<Frozen, BlockError> {
+        let alone = self.frozen.clone().lock_owned().await;
+        let (number, size) = (self.made.fetch_add(1, Relaxed), self.size());
+        let mut name = self.path.clone().into_os_string();
+        name.push(format!(".{number}"));
+        let top = Arc::new(blocking(move || Layer::create(name.into(), size)).await?);
+        let _exclusive = self.changes.write().await;
+        let mut layers = self.layers.write();
+        let below = layers.to_vec();
+        *layers = std::iter::once(top).chain(below.iter().cloned()).collect();
+        Ok(Frozen::new(below, size, alone))
     }
 
-    /// Splits a range into pieces that lie as a whole in the cache or below.
-    fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = (bool, Range<u64>)> + '_ {
-        let end = offset + len;
-        let mut at = offset;
-        std::iter::from_fn(move || {
-            (at < end).then(|| {
-                let start = at;
-                let (cached, run_end) = self.cache.dirty.run(start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE));
-                at = (run_end * BLOCK_SIZE).min(end);
-                (cached, start..at)
-            })
-        })
+    /// Makes one layer of those that were frozen, so that reads need not look through many. After
+    /// an error all is as it was.
+    pub async fn merge(&self, frozen: Frozen) -> Result<(), BlockError> {
+        let (frozen, merged) = blocking(move || frozen.fold().map(|merged| (frozen, merged))).await?;
+        let mut layers = self.layers.write();
+        let top = layers.first().cloned();
+        *layers = top.into_iter().chain(merged).collect();
+        drop(layers);
+        // Only now may there be another.
+        drop(frozen);
+        Ok(())
+    }
+
+    fn layers(&self) -> Arc<[Arc<Layer>]> {
+        self.layers.read().clone()
     }
 
     /// The bytes from below that share a block with the range, before and after it, where that
-    /// block is not in the cache yet.
-    fn missing(&self, offset: u64, len: u64) -> (Range<u64>, Range<u64>) {
+    /// block is not in the layer yet.
+    fn missing(&self, layer: &Layer, offset: u64, len: u64) -> (Range<u64>, Range<u64>) {
         let end = offset + len;
         let (first, last) = (offset / BLOCK_SIZE, (end - 1) / BLOCK_SIZE);
         let before = first * BLOCK_SIZE..offset;
         let after = end..((last + 1) * BLOCK_SIZE).min(self.size());
-        let unless_cached = |range: Range<u64>, block| {
-            if self.cache.dirty.get(block) { range.start..range.start } else { range }
+        let unless_there = |range: Range<u64>, block| {
+            if layer.dirty.get(block) { range.start..range.start } else { range }
         };
-        (unless_cached(before, first), unless_cached(after, last))
+        (unless_there(before, first), unless_there(after, last))
     }
 
-    async fn read_below(&self, range: Range<u64>) -> Result<Vec<u8>, BlockError> {
-        let mut bytes = vec![0; (range.end - range.start) as usize];
-        if !bytes.is_empty() {
-            self.base.read_at(range.start, &mut bytes).await?;
+    async fn read_from(&self, layers: &[Arc<Layer>], offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
+        for (layer, range) in pieces(layers, offset, buf.len() as u64) {
+            let part = part(buf, offset, &range);
+            match layer {
+                Some(layer) => layer.file.read(range.start, part).await?,
+                None => self.base.read_at(range.start, part).await?,
+            }
         }
-        Ok(bytes)
+        Ok(())
     }
 
     async fn change(&self, offset: u64, change: Change) -> Result<(), BlockError> {
@@ -147,12 +138,12 @@ impl Overlay {
             return Ok(());
         }
         let shared = self.changes.clone().read_owned().await;
-        let (before, after) = self.missing(offset, len);
+        let layers = self.layers();
+        let (before, after) = self.missing(&layers[0], offset, len);
         if before.is_empty() && after.is_empty() {
-            let cache = self.cache.clone();
             // The guard goes along: the change may outlive this future.
             return blocking(move || {
-                let result = cache.apply(offset, &change);
+                let result = layers[0].apply(offset, &change);
                 drop(shared);
                 result
             })
@@ -160,44 +151,25 @@ impl Overlay {
         }
         drop(shared);
         let exclusive = self.changes.clone().write_owned().await;
-        // Another change may have brought the block up in the meantime, and written to it.
-        let (before, after) = self.missing(offset, len);
-        let (head, tail) = (self.read_below(before.clone()).await?, self.read_below(after.clone()).await?);
-        let cache = self.cache.clone();
+        // Another change may have brought the block up in the meantime, and written to it; or there
+        // is another layer.
+        let layers = self.layers();
+        let (before, after) = self.missing(&layers[0], offset, len);
+        let bytes = |range: &Range<u64>| vec![0; (range.end - range.start) as usize];
+        let (mut head, mut tail) = (bytes(&before), bytes(&after));
+        self.read_from(&layers[1..], before.start, &mut head).await?;
+        self.read_from(&layers[1..], after.start, &mut tail).await?;
         blocking(move || {
-            let result = cache
+            let top = &layers[0];
+            let result = top
                 .file
                 .write(before.start, &head)
-                .and_then(|()| cache.file.write(after.start, &tail))
-                .and_then(|()| cache.apply(offset, &change));
+                .and_then(|()| top.file.write(after.start, &tail))
+                .and_then(|()| top.apply(offset, &change));
             drop(exclusive);
             result
         })
         .await
-    }
-}
-
-impl Cache {
-    /// Puts a change into the file and then its blocks into the bitmap. Blocks.
-    fn apply(&self, offset: u64, change: &Change) -> Result<(), BlockError> {
-        match change {
-            Change::Data(data) => return self.write(offset, data),
-            // Also where nothing was written: a write that failed may have left bytes there.
-            Change::Zeros(len, how) => self.file.zero(offset, *len, *how)?,
-        }
-        self.mark(offset, change.len());
-        Ok(())
-    }
-
-    /// Puts data into the file and then its blocks into the bitmap. Blocks.
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), BlockError> {
-        self.file.write(offset, data)?;
-        self.mark(offset, data.len() as u64);
-        Ok(())
-    }
-
-    fn mark(&self, offset: u64, len: u64) {
-        self.dirty.set(offset / BLOCK_SIZE..(offset + len).div_ceil(BLOCK_SIZE));
     }
 }
 
@@ -217,11 +189,12 @@ impl ReadDevice for Overlay {
         if buf.len() > INLINE_MAX {
             return Ok(false);
         }
-        for (cached, range) in self.pieces(offset, buf.len() as u64) {
+        let layers = self.layers();
+        for (layer, range) in pieces(&layers, offset, buf.len() as u64) {
             let part = part(buf, offset, &range);
-            let done = match cached {
-                true => self.cache.file.try_read(range.start, part)?,
-                false => self.base.try_read_at(range.start, part)?,
+            let done = match layer {
+                Some(layer) => layer.file.try_read(range.start, part)?,
+                None => self.base.try_read_at(range.start, part)?,
             };
             if !done {
                 return Ok(false);
@@ -232,14 +205,7 @@ impl ReadDevice for Overlay {
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         check_range(offset, buf.len() as u64, self.size())?;
-        for (cached, range) in self.pieces(offset, buf.len() as u64) {
-            let part = part(buf, offset, &range);
-            match cached {
-                true => self.cache.file.read(range.start, part).await?,
-                false => self.base.read_at(range.start, part).await?,
-            }
-        }
-        Ok(())
+        self.read_from(&self.layers(), offset, buf).await
     }
 }
 
@@ -253,11 +219,12 @@ impl BlockDevice for Overlay {
         }
         // Held by a change that brings up the rest of a block, or wanted by one.
         let Ok(_shared) = self.changes.try_read() else { return Ok(false) };
-        let (before, after) = self.missing(offset, len);
+        let layers = self.layers();
+        let (before, after) = self.missing(&layers[0], offset, len);
         if !(before.is_empty() && after.is_empty()) {
             return Ok(false);
         }
-        self.cache.write(offset, data)?;
+        layers[0].write(offset, data)?;
         Ok(true)
     }
 
@@ -270,7 +237,7 @@ impl BlockDevice for Overlay {
     }
 
     async fn flush(&self) -> Result<(), BlockError> {
-        let cache = self.cache.clone();
-        blocking(move || cache.file.sync()).await
+        let layers = self.layers();
+        blocking(move || layers.iter().try_for_each(|layer| layer.file.sync())).await
     }
 }

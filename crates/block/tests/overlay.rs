@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nidus_block::{BLOCK_SIZE, BlockDevice, BlockError, FileDevice, Overlay, ReadDevice, Zeroing};
+use nidus_block::{BLOCK_SIZE, BlockDevice, BlockError, FileDevice, Frozen, Overlay, ReadDevice, Zeroing};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -53,6 +53,10 @@ enum Op {
     Zero(Zeroing),
     Trim,
     Flush,
+    Freeze,
+    Merge,
+    /// Lets go of what was frozen without merging it.
+    Thaw,
 }
 
 fn op() -> impl Strategy<Value = (Op, usize, usize)> {
@@ -63,6 +67,9 @@ fn op() -> impl Strategy<Value = (Op, usize, usize)> {
         1 => Just(Op::Zero(Zeroing::Allocate)),
         1 => Just(Op::Trim),
         1 => Just(Op::Flush),
+        2 => Just(Op::Freeze),
+        1 => Just(Op::Merge),
+        1 => Just(Op::Thaw),
     ];
     // Aligned and unaligned, within a block and over many.
     let len = prop_oneof![0usize..64, Just(4096), Just(8192), 0usize..30_000];
@@ -70,8 +77,21 @@ fn op() -> impl Strategy<Value = (Op, usize, usize)> {
     (op, offset, len).prop_map(|(op, offset, len)| (op, offset, len.min(SIZE - offset)))
 }
 
+/// What was frozen over the original is the device as it was then.
+fn check_frozen(frozen: &Frozen, original: &[u8], then: &[u8], touched: &[bool]) {
+    let mut rebuilt = original.to_vec();
+    let mut blocks = vec![false; touched.len()];
+    for range in frozen.ranges() {
+        let bytes = range.start as usize..range.end as usize;
+        frozen.read_blocking(range.start, &mut rebuilt[bytes.clone()]).unwrap();
+        blocks[bytes.start / 4096..bytes.end.div_ceil(4096)].fill(true);
+    }
+    assert!(rebuilt == then);
+    assert_eq!(blocks, touched);
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(192))]
     #[test]
     fn it_is_an_array_of_bytes(ops in prop::collection::vec(op(), 1..40)) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -81,12 +101,28 @@ proptest! {
             let mut model = original.clone();
             let mut touched = vec![false; SIZE.div_ceil(BLOCK_SIZE as usize)];
             let overlay = overlay(&dir).await;
+            let mut frozen: Option<(Frozen, Vec<u8>, Vec<bool>)> = None;
             for (op, offset, len) in ops {
                 let range = offset..offset + len;
                 let at = offset as u64;
                 match op {
                     Op::Read => assert_eq!(read(&overlay, at, len).await, &model[range]),
                     Op::Flush => overlay.flush().await.unwrap(),
+                    Op::Freeze => {
+                        // There is one at a time.
+                        drop(frozen.take());
+                        frozen = Some((overlay.freeze().await.unwrap(), model.clone(), touched.clone()));
+                    }
+                    Op::Merge | Op::Thaw => {
+                        let Some((it, then, touched)) = frozen.take() else { continue };
+                        check_frozen(&it, &original, &then, &touched);
+                        if matches!(op, Op::Merge) {
+                            overlay.merge(it).await.unwrap();
+                            // What was written since, and one layer for all before.
+                            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+                        }
+                        assert_eq!(read(&overlay, 0, SIZE).await, model);
+                    }
                     change => {
                         match change {
                             Op::Write(seed) => {
@@ -109,16 +145,10 @@ proptest! {
             assert_eq!(read(&overlay, 0, SIZE).await, model);
             let dirty = overlay.dirty();
             assert!((0..dirty.blocks()).all(|b| dirty.contains(b) == touched[b as usize]));
-            // What a snapshot would store gives the same device.
-            let mut rebuilt = original;
-            let cache = std::fs::read(overlay.cache_path()).unwrap();
-            for blocks in dirty.ranges() {
-                let bytes = (blocks.start * BLOCK_SIZE) as usize..((blocks.end * BLOCK_SIZE) as usize).min(SIZE);
-                rebuilt[bytes.clone()].copy_from_slice(&cache[bytes]);
-            }
-            assert_eq!(rebuilt, model);
+            drop(frozen);
+            check_frozen(&overlay.freeze().await.unwrap(), &original, &model, &touched);
             drop(overlay);
-            assert!(!dir.path().join("cache").exists());
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "the base alone is left");
         });
     }
 }
@@ -183,6 +213,59 @@ async fn writes_to_one_block_lose_no_bytes_to_one_another() {
     expected[8192..12288].fill(0xa3);
     assert_eq!(read(overlay.as_ref(), 0, SIZE).await, expected);
     pump.abort();
+}
+
+/// A guest that writes all the time, while what it has is frozen and merged again and again: no write
+/// is lost, and what is frozen does not change.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn what_is_frozen_stands_still_under_writers() {
+    let dir = TempDir::new().unwrap();
+    template(&dir);
+    let overlay = Arc::new(overlay(&dir).await);
+    let writers: Vec<_> = (0..2u64)
+        .map(|half| {
+            let overlay = overlay.clone();
+            tokio::spawn(async move {
+                for n in 0..400u64 {
+                    // Half a block each, so that the rest must come up from frozen layers.
+                    let at = n * 7 % 19 * 4096 + half * 2048;
+                    let data = vec![n as u8; 2048];
+                    if !overlay.try_write_at(at, &data).unwrap() {
+                        overlay.write_at(at, data.into()).await.unwrap();
+                    }
+                }
+            })
+        })
+        .collect();
+    let content = |frozen: &Frozen| -> Vec<Vec<u8>> {
+        let read = |r: std::ops::Range<u64>| {
+            let mut bytes = vec![0; (r.end - r.start) as usize];
+            frozen.read_blocking(r.start, &mut bytes).unwrap();
+            bytes
+        };
+        frozen.ranges().into_iter().map(read).collect()
+    };
+    let mut rounds = 0;
+    while rounds < 5 || writers.iter().any(|w| !w.is_finished()) {
+        let frozen = overlay.freeze().await.unwrap();
+        let first = content(&frozen);
+        tokio::task::yield_now().await;
+        assert!(content(&frozen) == first);
+        match rounds % 3 {
+            0 => drop(frozen),
+            _ => overlay.merge(frozen).await.unwrap(),
+        }
+        rounds += 1;
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let found = read(overlay.as_ref(), 0, 19 * 4096).await;
+    for (n, half) in found.chunks(2048).enumerate() {
+        let block = n as u64 / 2;
+        let last = (0..400u64).rev().find(|n| n * 7 % 19 == block).unwrap();
+        assert!(half.iter().all(|b| *b == last as u8), "block {block}");
+    }
 }
 
 /// Many writers at once, each with bytes of its own in every block, and readers that must see each

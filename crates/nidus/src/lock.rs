@@ -4,6 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
@@ -12,6 +13,11 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket
 pub const SLOTS_PER_DAEMON: u32 = 4096;
 /// Daemons on one host: as many ranges as there are indices (network slots, contract).
 const RANGES: u32 = 7;
+
+/// How long the lock of a process that is gone may still be held: by a child that it was just forking.
+const GOING: Duration = Duration::from_secs(5);
+/// Between two tries.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// The data directory's lock, held by the open file.
 #[derive(Debug)]
@@ -30,16 +36,22 @@ impl DataLock {
             .write(true)
             .open(&path)
             .with_context(|| format!("Cannot open the lock file {}", path.display()))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                let _ = file.read_to_string(&mut pid);
-                bail!("{} is already served by another nidus (process {})", data_dir.display(), pid.trim());
+        let end = Instant::now() + GOING;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(e)) => {
+                    return Err(e).with_context(|| format!("Cannot lock {}", path.display()));
+                }
             }
-            Err(TryLockError::Error(e)) => {
-                return Err(e).with_context(|| format!("Cannot lock {}", path.display()));
+            let mut pid = String::new();
+            let _ = file.rewind().and_then(|()| file.read_to_string(&mut pid));
+            let pid = pid.trim();
+            if Path::new("/proc").join(pid).exists() || Instant::now() >= end {
+                bail!("{} is already served by another nidus (process {pid})", data_dir.display());
             }
+            std::thread::sleep(LOOK);
         }
         let write = file
             .set_len(0)
@@ -121,6 +133,22 @@ mod tests {
         assert!(e.contains(&std::process::id().to_string()) && e.contains("already served"), "{e}");
         drop(first);
         DataLock::take(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_process_that_is_gone_is_waited_for_until_its_last_child_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut gone = std::process::Command::new("true").spawn().unwrap();
+        gone.wait().unwrap();
+        let lock = File::create(dir.path().join("nidus.lock")).unwrap();
+        lock.try_lock().unwrap();
+        (&lock).write_all(format!("{}\n", gone.id()).as_bytes()).unwrap();
+        // It has the lock for as long as it lives.
+        let mut child = std::process::Command::new("sleep").arg("0.3").stdout(lock).spawn().unwrap();
+        let waited = Instant::now();
+        DataLock::take(dir.path()).unwrap();
+        assert!(waited.elapsed() >= Duration::from_millis(100), "nobody held it");
+        child.wait().unwrap();
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod driver;
 mod lock;
 mod output;
 mod recipe;
+mod resuming;
 mod serve;
 
 use std::path::PathBuf;

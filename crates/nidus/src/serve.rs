@@ -25,6 +25,7 @@ use crate::config::{Config, VmmChoice};
 use crate::driver::{self, Probes};
 use crate::lock::{DataLock, RunDir, SLOTS_PER_DAEMON, SlotRange};
 use crate::recipe::{MadeWith, Recipe};
+use crate::resuming::ResumingCatalog;
 
 /// Room that a template's build takes while it is made, in MiB.
 pub const BUILD_MIB: u64 = 2048;
@@ -241,7 +242,7 @@ impl Parts {
         let node =
             tokio::spawn(nidus_orchestrator::serve(node_listener, self.node.clone(), node_stop.clone()));
         let api_task = tokio::spawn(nidus_api::serve(api_listener, api.clone(), api_stop.clone()));
-        let catalog = Arc::new(self.catalog.clone());
+        let catalog = Arc::new(ResumingCatalog { running: self.catalog.clone(), api: api.clone() });
         let proxy = nidus_proxy::serve(proxy_listener, ProxyConfig::default(), catalog, proxy_stop.clone());
         let proxy = tokio::spawn(proxy);
         tracing::info!(

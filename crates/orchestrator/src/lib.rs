@@ -9,8 +9,8 @@ mod builds;
 mod info;
 mod node;
 mod owner;
-mod pause;
 mod sandbox_service;
+mod save;
 mod server;
 mod template_service;
 

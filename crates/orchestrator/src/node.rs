@@ -9,7 +9,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use nidus_proto::node::{SandboxConfig, ServiceInfoStatus};
 use nidus_proxy::InProcessCatalog;
-use nidus_sandbox::{Factory, PauseError, PauseSpec, Paused};
+use nidus_sandbox::{Factory, SaveError, SaveSpec, Saved};
 use nidus_telemetry::Sink;
 use nidus_template::Builder;
 use parking_lot::Mutex;
@@ -73,6 +73,8 @@ pub(crate) enum State {
     Starting,
     /// It answers, is listed and routed to.
     Running,
+    /// Like running, while it is stored; its guest stands still for a moment.
+    Checkpointing,
     /// It stands still while it is stored; then it is gone, or runs on.
     Pausing,
     /// It is being released.
@@ -81,11 +83,21 @@ pub(crate) enum State {
     Paused,
 }
 
-/// A pause, from the service to the sandbox's owner.
-pub(crate) struct PauseRequest {
-    pub spec: PauseSpec,
+/// What becomes of a sandbox after it was stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// A pause.
+    End,
+    /// A checkpoint.
+    RunOn,
+}
+
+/// A pause or a checkpoint, from the service to the sandbox's owner.
+pub(crate) struct SaveRequest {
+    pub spec: SaveSpec,
+    pub then: Then,
     /// Dropped without an answer when the sandbox ended before.
-    pub done: oneshot::Sender<Result<Paused, PauseError>>,
+    pub done: oneshot::Sender<Result<Saved, SaveError>>,
 }
 
 /// A sandbox in the node's map: what others may know of it and ask of it.
@@ -99,8 +111,8 @@ pub(crate) struct Entry {
     pub reason: Mutex<Option<String>>,
     /// Where it is in its life.
     pub state: Mutex<State>,
-    /// Takes one pause to its owner.
-    pub pauses: mpsc::Sender<PauseRequest>,
+    /// Takes one pause or checkpoint to its owner.
+    pub saves: mpsc::Sender<SaveRequest>,
     /// Set by its owner when everything of it is released.
     pub released: watch::Sender<bool>,
 }
@@ -113,18 +125,22 @@ impl Entry {
         let _ = released.wait_for(|r| *r).await;
     }
 
-    /// Whether it is to be listed and can be paused.
+    /// Whether it is to be listed.
     pub fn is_running(&self) -> bool {
-        *self.state.lock() == State::Running && !self.kill.is_cancelled()
+        matches!(*self.state.lock(), State::Running | State::Checkpointing) && !self.kill.is_cancelled()
     }
 
-    /// From running to pausing; one pause at a time. The state that it is in when that cannot be.
-    pub fn begin_pause(&self) -> Result<(), State> {
+    /// From running to pausing or checkpointing; one at a time. The state that it is in when that
+    /// cannot be.
+    pub fn begin_save(&self, then: Then) -> Result<(), State> {
         let mut state = self.state.lock();
         match *state {
             State::Running if self.kill.is_cancelled() => Err(State::Ending),
             State::Running => {
-                *state = State::Pausing;
+                *state = match then {
+                    Then::End => State::Pausing,
+                    Then::RunOn => State::Checkpointing,
+                };
                 Ok(())
             }
             other => Err(other),

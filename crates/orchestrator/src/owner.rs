@@ -11,7 +11,7 @@ use nidus_telemetry::{Event, EventKind};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::node::{Entry, Node, PauseRequest, State};
+use crate::node::{Entry, Node, SaveRequest, State, Then};
 
 /// The wall clock may be set: a far end time is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -31,7 +31,7 @@ pub(crate) async fn own(
     node: Arc<Node>,
     entry: Arc<Entry>,
     spec: SandboxSpec,
-    mut pauses: mpsc::Receiver<PauseRequest>,
+    mut saves: mpsc::Receiver<SaveRequest>,
     started: oneshot::Sender<Result<(), StartError>>,
 ) {
     let id = spec.sandbox_id.clone();
@@ -43,29 +43,53 @@ pub(crate) async fn own(
             emit(&node, &entry, kind, None);
             let _ = started.send(Ok(()));
             let (kind, reason, paused) = loop {
-                let end = until_end(&entry, &sandbox, &mut pauses).await;
-                // From here on it is neither listed nor routed to, whatever ended it.
-                let pauses = matches!(end, End::Pause(_));
-                *entry.state.lock() = if pauses { State::Pausing } else { State::Ending };
-                node.catalog.remove(&id);
-                gone.cancel();
-                let PauseRequest { spec, done } = match end {
-                    End::Over(reason) => break (EventKind::Killed, Some(reason), None),
-                    End::Pause(request) => request,
+                let end = until_end(&entry, &sandbox, &mut saves).await;
+                let close = |state, gone: &CancellationToken| {
+                    // From here on it is neither listed nor routed to.
+                    *entry.state.lock() = state;
+                    node.catalog.remove(&id);
+                    gone.cancel();
                 };
-                match sandbox.pause(&spec).await {
-                    Ok(paused) => break (EventKind::Paused, None, Some((done, paused))),
-                    Err(e) => {
-                        tracing::warn!(sandbox = %id, "could not be paused: {e}");
-                        let runs_on = e.runs_on();
+                let SaveRequest { spec, then, done } = match end {
+                    End::Over(reason) => {
+                        close(State::Ending, &gone);
+                        break (EventKind::Killed, Some(reason), None);
+                    }
+                    End::Save(request) => request,
+                };
+                let result = match then {
+                    Then::End => {
+                        close(State::Pausing, &gone);
+                        sandbox.pause(&spec).await
+                    }
+                    Then::RunOn => sandbox.checkpoint(&spec).await,
+                };
+                match &result {
+                    Ok(saved) => tracing::info!(
+                        sandbox = %id, build = %saved.metadata.build_id, ?then,
+                        stop_time = ?saved.stop_time, store_time = ?saved.store_time,
+                        memory_bytes = saved.memory_bytes, disk_bytes = saved.disk_bytes, "stored"
+                    ),
+                    Err(e) => tracing::warn!(sandbox = %id, ?then, "could not be stored: {e}"),
+                }
+                match (then, result) {
+                    (Then::End, Ok(saved)) => break (EventKind::Paused, None, Some((done, saved))),
+                    (_, Err(e)) if !e.runs_on() => {
+                        close(State::Ending, &gone);
                         let reason = e.to_string();
-                        if runs_on {
-                            gone = open(&node, &entry, &sandbox);
-                        }
                         let _ = done.send(Err(e));
-                        if !runs_on {
-                            break (EventKind::Killed, Some(reason), None);
+                        break (EventKind::Killed, Some(reason), None);
+                    }
+                    (Then::End, Err(e)) => {
+                        gone = open(&node, &entry, &sandbox);
+                        let _ = done.send(Err(e));
+                    }
+                    (Then::RunOn, result) => {
+                        *entry.state.lock() = State::Running;
+                        if result.is_ok() {
+                            emit(&node, &entry, EventKind::Checkpointed, None);
                         }
+                        let _ = done.send(result);
                     }
                 }
             };
@@ -79,10 +103,6 @@ pub(crate) async fn own(
             // First out of the map, then the answer: it may be resumed at once.
             release(&node, &entry, &id);
             if let Some((done, paused)) = paused {
-                tracing::info!(
-                    sandbox = %id, build = %paused.metadata.build_id, stop_time = ?paused.stop_time,
-                    memory_bytes = paused.memory_bytes, disk_bytes = paused.disk_bytes, "paused"
-                );
                 let _ = done.send(Ok(paused));
             }
         }
@@ -136,16 +156,16 @@ async fn start(node: &Node, entry: &Entry, spec: SandboxSpec) -> Result<Sandbox,
     result
 }
 
-/// What a sandbox's running ends with.
+/// What a sandbox's owner has to do.
 enum End {
     /// It is to be released, and why.
     Over(String),
-    /// It is to be stored first.
-    Pause(PauseRequest),
+    /// It is to be stored, and ends or runs on.
+    Save(SaveRequest),
 }
 
-/// Waits for the first reason to end it, and says which.
-async fn until_end(entry: &Entry, sandbox: &Sandbox, pauses: &mut mpsc::Receiver<PauseRequest>) -> End {
+/// Waits for the first reason to end or to store it, and says which.
+async fn until_end(entry: &Entry, sandbox: &Sandbox, saves: &mut mpsc::Receiver<SaveRequest>) -> End {
     let mut end = entry.end.subscribe();
     let failed = sandbox.failed();
     tokio::pin!(failed);
@@ -162,7 +182,7 @@ async fn until_end(entry: &Entry, sandbox: &Sandbox, pauses: &mut mpsc::Receiver
                 return End::Over(entry.reason.lock().clone().unwrap_or_else(|| "killed".to_owned()));
             }
             reason = &mut failed => return End::Over(reason),
-            Some(request) = pauses.recv() => return End::Pause(request),
+            Some(request) = saves.recv() => return End::Save(request),
             _ = end.changed() => {}
             () = tokio::time::sleep(left.min(LOOK_AGAIN)) => {}
         }

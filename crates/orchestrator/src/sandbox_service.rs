@@ -5,7 +5,7 @@ use std::sync::Arc;
 use chrono::{DateTime, Utc};
 use nidus_proto::node::sandbox_service_server::SandboxService;
 use nidus_proto::node::*;
-use nidus_sandbox::{CreateError, SandboxSpec};
+use nidus_sandbox::{CreateError, SandboxSpec, SaveSpec, Saved};
 use nidus_storage::BuildId;
 use nidus_telemetry::EventKind;
 use parking_lot::Mutex;
@@ -15,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::Node;
-use crate::node::{Entry, PauseRequest, State};
+use crate::node::{Entry, SaveRequest, State, Then};
 use crate::owner::{StartError, emit, own};
-use crate::pause;
+use crate::save;
 
 const ID_LIMIT: usize = 64;
 
@@ -70,9 +70,6 @@ fn check(config: &SandboxConfig) -> Result<BuildId, Status> {
     if id.is_empty() || id.len() > ID_LIMIT || !id.bytes().all(plain) {
         return Err(bad(format!("a sandbox id has 1 to {ID_LIMIT} lower-case letters and digits")));
     }
-    if config.auto_resume.as_ref().is_some_and(|r| r.policy == "any") {
-        return Err(Status::unimplemented("automatic resume is not supported yet"));
-    }
     if config.auto_pause_filesystem_only {
         return Err(Status::unimplemented("pausing the disk alone is not supported yet"));
     }
@@ -99,6 +96,21 @@ fn create_status(id: &str, e: CreateError) -> Status {
 impl Sandboxes {
     fn entry(&self, id: &str) -> Result<Arc<Entry>, Status> {
         self.0.sandboxes.lock().get(id).cloned().ok_or_else(|| not_found(id))
+    }
+
+    /// Has its owner store it.
+    async fn save(&self, id: &str, spec: SaveSpec, then: Then) -> Result<Saved, Status> {
+        let entry = self.entry(id)?;
+        entry.begin_save(then).map_err(|state| save::not_now(id, then, state))?;
+        let (done, answer) = oneshot::channel();
+        // There is room: one at a time comes this far.
+        entry.saves.try_send(SaveRequest { spec, then, done }).map_err(|_| not_found(id))?;
+        match answer.await {
+            Ok(Ok(saved)) => Ok(saved),
+            Ok(Err(e)) => Err(save::status(id, then, &e)),
+            // It ended before its owner came to it.
+            Err(_) => Err(not_found(id)),
+        }
     }
 
     fn admit(&self, entry: &Arc<Entry>) -> Result<(), Status> {
@@ -147,13 +159,14 @@ impl SandboxService for Sandboxes {
         let spec = SandboxSpec {
             sandbox_id: config.sandbox_id.clone(),
             execution_id: config.execution_id.clone(),
+            template_id: config.template_id.clone(),
             build_id,
             env_vars: config.env_vars.clone(),
             access_token: config.envd_access_token.clone(),
             allow_internet,
             snapshot: config.snapshot,
         };
-        let (pauses, asked) = mpsc::channel(1);
+        let (saves, asked) = mpsc::channel(1);
         let entry = Arc::new(Entry {
             config,
             start,
@@ -161,7 +174,7 @@ impl SandboxService for Sandboxes {
             kill: CancellationToken::new(),
             reason: Default::default(),
             state: Mutex::new(State::Starting),
-            pauses,
+            saves,
             released: watch::Sender::new(false),
         });
         self.admit(&entry)?;
@@ -242,26 +255,22 @@ impl SandboxService for Sandboxes {
         request: Request<SandboxPauseRequest>,
     ) -> Result<Response<SandboxPauseResponse>, Status> {
         let request = request.into_inner();
-        let spec = pause::spec(&request)?;
-        let id = &request.sandbox_id;
-        let entry = self.entry(id)?;
-        entry.begin_pause().map_err(|state| pause::not_now(id, state))?;
-        let (done, answer) = oneshot::channel();
-        // There is room: one pause at a time comes this far.
-        entry.pauses.try_send(PauseRequest { spec, done }).map_err(|_| not_found(id))?;
-        match answer.await {
-            Ok(Ok(paused)) => Ok(Response::new(pause::response(&paused))),
-            Ok(Err(e)) => Err(pause::status(id, &e)),
-            // It ended before its owner came to the pause.
-            Err(_) => Err(not_found(id)),
-        }
+        let spec = save::pause_spec(&request)?;
+        let saved = self.save(&request.sandbox_id, spec, Then::End).await?;
+        let scheduling_metadata = Some(save::scheduling(&saved));
+        Ok(Response::new(SandboxPauseResponse { scheduling_metadata }))
     }
 
     async fn checkpoint(
         &self,
-        _: Request<SandboxCheckpointRequest>,
+        request: Request<SandboxCheckpointRequest>,
     ) -> Result<Response<SandboxCheckpointResponse>, Status> {
-        Err(Status::unimplemented("checkpoints are not supported yet"))
+        let request = request.into_inner();
+        let id = &request.sandbox_id;
+        let spec = save::spec(&request.build_id, &self.entry(id)?.config.template_id)?;
+        let saved = self.save(id, spec, Then::RunOn).await?;
+        let scheduling_metadata = Some(save::scheduling(&saved));
+        Ok(Response::new(SandboxCheckpointResponse { scheduling_metadata }))
     }
 
     async fn list_cached_builds(

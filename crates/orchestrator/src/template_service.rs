@@ -171,7 +171,9 @@ impl TemplateService for Templates {
         let id = build_id(&request.into_inner().build_id)?;
         self.0.builds.end(id).await;
         self.0.factory.remove(id).await.map_err(|e| match e {
-            RemoveError::InUse { .. } => Status::failed_precondition(e.to_string()),
+            RemoveError::InUse { .. } | RemoveError::Running { .. } => {
+                Status::failed_precondition(e.to_string())
+            }
             RemoveError::Storage(StorageError::NotFound(_)) => Status::not_found(e.to_string()),
             RemoveError::Storage(_) => Status::internal(e.to_string()),
         })?;

@@ -1,7 +1,9 @@
-//! Why a sandbox could not be made or ended.
+//! Why a sandbox could not be made, saved or ended.
 
 use nidus_block::BlockError;
-use nidus_storage::BuildId;
+use nidus_block::header::HeaderError;
+use nidus_memory::{MemfileError, PagemapError, PatchError};
+use nidus_storage::{BuildId, StorageError};
 use nidus_template::{DiskError, MetadataError};
 use nidus_vmm::VmmError;
 
@@ -53,7 +55,7 @@ pub enum CreateError {
     Block(#[from] BlockError),
     /// Storage.
     #[error(transparent)]
-    Storage(#[from] nidus_storage::StorageError),
+    Storage(#[from] StorageError),
     /// A file operation.
     #[error("Cannot {action}: {source}")]
     Io {
@@ -89,4 +91,66 @@ pub enum KillError {
     /// The disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+}
+
+/// Why a sandbox was not saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The VMM.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// The store, which may be full.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A file of a build, or the disk.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The disk as the VMM has it.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The header of the new build.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// What the guest wrote cannot be told.
+    #[error(transparent)]
+    Pagemap(#[from] PagemapError),
+    /// The guest's memory cannot be read or changed.
+    #[error(transparent)]
+    Memory(#[from] PatchError),
+    /// The memory file of the template.
+    #[error(transparent)]
+    Memfile(Box<MemfileError>),
+    /// A build that the sandbox was made from was deleted meanwhile.
+    #[error("build {0}, which the sandbox was made from, has been deleted")]
+    ParentGone(BuildId),
+    /// The driver put the memory where it is not looked for.
+    #[error("the VMM saved the memory in a way that cannot be stored as a difference ({0})")]
+    Where(&'static str),
+    /// A file operation.
+    #[error("Cannot {action}: {source}")]
+    Io {
+        /// What was being done, and to what.
+        action: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The guest could not be let run again.
+    #[error("{}the sandbox could not run on: {also}", cause.as_ref().map(|c| format!("{c}; and ")).unwrap_or_default())]
+    NotResumed {
+        /// Why it was not saved, if it was not.
+        cause: Option<Box<SaveError>>,
+        /// Why it could not run on.
+        also: VmmError,
+    },
+}
+
+impl SaveError {
+    pub(crate) fn io(action: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Io { action: action.into(), source }
+    }
+
+    /// Whether the sandbox runs as before.
+    pub fn runs_on(&self) -> bool {
+        !matches!(self, Self::NotResumed { .. })
+    }
 }

@@ -11,16 +11,18 @@ use chrono::Utc;
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
 use nidus_memfs::MemFs;
 use nidus_storage::{BuildId, Builds};
-use nidus_template::{TemplateMetadata, VmHost};
+use nidus_template::{GuestState, TemplateMetadata, VmHost};
 use nidus_vmm::MemoryDoor;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, RwLock, mpsc};
+use tokio::sync::{Notify, RwLock, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::compaction::Compactor;
+use crate::lineage::{Use, Uses};
 use crate::machine::{Machine, Parts};
 use crate::opened::Opened;
+use crate::saving::COPY_LIMIT_MB;
 use crate::served::MemoryError;
 use crate::warm::{WarmSet, WarmStats};
 use crate::{CreateError, KillError, OpenTemplate};
@@ -46,7 +48,9 @@ pub struct SandboxSpec {
     pub sandbox_id: String,
     /// Id of this run of it.
     pub execution_id: String,
-    /// Template build to resume.
+    /// Template that it is made from.
+    pub template_id: String,
+    /// Build of it to resume.
     pub build_id: BuildId,
     /// Environment of every command.
     pub env_vars: HashMap<String, String>,
@@ -75,9 +79,12 @@ struct Inner {
     /// Builds that were just published, for compaction.
     paused: mpsc::UnboundedSender<BuildId>,
     warm: WarmSet,
-    /// Held shared while a build is published or opened that reads others, exclusively while one is
-    /// removed or compacted.
+    /// Held shared while a build is published that reads others, and while one begins to be used;
+    /// exclusively while one is removed or compacted.
     removals: Arc<RwLock<()>>,
+    uses: Arc<Uses>,
+    /// What may still be copied of memories, in MiB.
+    copies: Arc<Semaphore>,
     wake: Notify,
     stop: CancellationToken,
 }
@@ -109,6 +116,8 @@ impl Factory {
             paused,
             warm: WarmSet::default(),
             removals: Arc::default(),
+            uses: Arc::default(),
+            copies: Arc::new(Semaphore::new(COPY_LIMIT_MB)),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         });
@@ -151,6 +160,10 @@ impl Factory {
         &self.inner.removals
     }
 
+    pub(crate) fn uses(&self) -> &Uses {
+        &self.inner.uses
+    }
+
     /// Counters of the warm set.
     pub fn warm_stats(&self) -> &WarmStats {
         &self.inner.warm.stats
@@ -182,6 +195,10 @@ impl Inner {
         if self.stop.is_cancelled() {
             return Err(CreateError::ShuttingDown);
         }
+        let in_use = {
+            let _no_removal = self.removals.read().await;
+            self.uses.begin(spec.build_id)
+        };
         let mut dead = Vec::new();
         let machine = match self.warm.take(spec.build_id, &mut dead) {
             Some(m) => m,
@@ -192,7 +209,7 @@ impl Inner {
             let this = self.clone();
             tokio::spawn(async move { this.destroy_all(dead).await });
         }
-        let mut sandbox = Sandbox { spec, machine, inner: self.clone() };
+        let mut sandbox = Sandbox { spec, machine, inner: self.clone(), in_use };
         let started = tokio::select! {
             () = cancel.cancelled() => Err(CreateError::Cancelled),
             r = sandbox.wake() => r,
@@ -314,6 +331,8 @@ pub struct Sandbox {
     spec: SandboxSpec,
     machine: Machine,
     inner: Arc<Inner>,
+    /// Keeps the build that it was resumed from.
+    in_use: Use,
 }
 
 impl Sandbox {
@@ -350,8 +369,17 @@ impl Sandbox {
         &self.inner.store
     }
 
-    pub(crate) fn removals(&self) -> Arc<RwLock<()>> {
-        self.inner.removals.clone()
+    pub(crate) fn removals(&self) -> &RwLock<()> {
+        &self.inner.removals
+    }
+
+    pub(crate) fn copies(&self) -> Arc<Semaphore> {
+        self.inner.copies.clone()
+    }
+
+    /// What its envd knows, for those who resume a build of it.
+    pub(crate) fn guest_state(&self) -> GuestState {
+        GuestState { access_token: self.spec.access_token.clone(), env_vars: self.environment() }
     }
 
     /// Has a build that was just published looked at, whether it is to be compacted.
@@ -372,12 +400,7 @@ impl Sandbox {
         getrandom::fill(&mut seed)
             .map_err(|e| CreateError::io("read random bytes", std::io::Error::other(e.to_string())))?;
         let request = InitRequest {
-            // A paused guest has its environment still, and keeps it unless it gets another.
-            env_vars: if self.spec.snapshot && self.spec.env_vars.is_empty() {
-                None
-            } else {
-                Some(self.environment())
-            },
+            env_vars: Some(self.environment()),
             access_token: self.spec.access_token.clone(),
             timestamp: Some(Utc::now()),
             default_user: Some("user".to_owned()),
@@ -385,18 +408,23 @@ impl Sandbox {
             lifecycle_id: Some(self.spec.execution_id.clone()),
             ..InitRequest::default()
         };
-        let envd = EnvdClient::new(SocketAddr::from((self.host_ip(), ENVD_PORT)), None);
+        // A guest that has a token takes another one from those who know the old.
+        let old_token = self.metadata().guest.as_ref().and_then(|g| g.access_token.clone());
+        let envd = EnvdClient::new(SocketAddr::from((self.host_ip(), ENVD_PORT)), old_token);
         tokio::select! {
             reason = failed => Err(CreateError::Ended(reason)),
             r = envd.init(&request, limit) => Ok(r?),
         }
     }
 
+    /// Environment of its commands: what the build had, who it is, what its creator wants.
     fn environment(&self) -> HashMap<String, String> {
-        let mut env = HashMap::from([
+        let guest = self.metadata().guest.as_ref();
+        let mut env = guest.map(|g| g.env_vars.clone()).unwrap_or_default();
+        env.extend([
             ("E2B_SANDBOX".to_owned(), "true".to_owned()),
             ("E2B_SANDBOX_ID".to_owned(), self.spec.sandbox_id.clone()),
-            ("E2B_TEMPLATE_ID".to_owned(), self.metadata().template_id.clone()),
+            ("E2B_TEMPLATE_ID".to_owned(), self.spec.template_id.clone()),
         ]);
         env.extend(self.spec.env_vars.clone());
         env
@@ -404,13 +432,17 @@ impl Sandbox {
 
     /// Ends it and releases everything, in reverse order.
     pub async fn kill(self) -> Result<(), KillError> {
-        let Self { machine, inner, .. } = self;
+        let Self { spec, machine, inner, in_use } = self;
         // A task of its own, so that it goes to its end when the caller goes away.
         let task = tokio::spawn(async move {
-            let template = machine.template().clone();
+            // For those to come, of which a paused sandbox has none.
+            let template = (!spec.snapshot).then(|| machine.template().clone());
             let destroyed = machine.destroy(&inner.host.network).await;
-            // For those to come: nobody waits for the object store.
-            tokio::spawn(async move { template.save_read_order().await });
+            drop(in_use);
+            if let Some(template) = template {
+                // Nobody waits for the object store.
+                tokio::spawn(async move { template.save_read_order().await });
+            }
             destroyed
         });
         task.await.unwrap_or_else(|e| {

@@ -5,13 +5,14 @@
 //! done ahead of need: a *warm* machine stands stopped at the snapshot, and creating a sandbox
 //! means to let it run and to tell its envd who it is.
 //!
-//! [`Sandbox::pause`] makes a build of a running sandbox, which stores only what differs from the
-//! build it was resumed from; resuming that build is like resuming a template.
+//! [`Sandbox::pause`] and [`Sandbox::checkpoint`] make a build of a running sandbox, which stores only
+//! what differs from the build it was resumed from; resuming that build is like resuming a template.
 //!
 //! Every part is acquired in the order slot, disk, VMM and released in the reverse order, on
 //! every path; what the daemon leaves behind when it is killed is found by `reclaim` at its next
 //! start (cgroups, namespaces) or goes with the process (VMs, overlays without a name).
 
+mod checkpoint;
 mod compaction;
 mod error;
 mod factory;
@@ -20,15 +21,16 @@ mod machine;
 mod opened;
 mod pages;
 mod pause;
+mod saving;
 mod served;
 mod template;
 mod warm;
 
-pub use error::{CreateError, KillError};
+pub use error::{CreateError, KillError, SaveError};
 pub use factory::{Factory, FactoryConfig, Sandbox, SandboxSpec};
 pub use lineage::RemoveError;
 pub use pages::BuildPages;
-pub use pause::{Lineage, PauseError, PauseSpec, Paused};
+pub use saving::{Lineage, SaveSpec, Saved};
 pub use served::MemoryError;
 pub use template::OpenTemplate;
 pub use warm::WarmStats;

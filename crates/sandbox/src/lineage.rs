@@ -1,7 +1,11 @@
 //! Which builds read the files of which.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use nidus_block::header::Header;
 use nidus_storage::{Artifact, BuildId, Builds, StorageError};
+use parking_lot::Mutex;
 
 use crate::Factory;
 
@@ -18,15 +22,63 @@ pub enum RemoveError {
         /// How many do.
         count: usize,
     },
+    /// Running sandboxes could not be paused without it.
+    #[error("build {build} cannot be deleted: {count} running sandboxes were made from it")]
+    Running {
+        /// The build.
+        build: BuildId,
+        /// How many run.
+        count: usize,
+    },
     /// The store.
     #[error(transparent)]
     Storage(#[from] StorageError),
 }
 
+/// How many sandboxes run from each build.
+#[derive(Debug, Default)]
+pub(crate) struct Uses(Mutex<HashMap<BuildId, usize>>);
+
+/// A sandbox's hold on the build that it runs from.
+#[derive(Debug)]
+pub(crate) struct Use {
+    uses: Arc<Uses>,
+    build: BuildId,
+}
+
+impl Uses {
+    /// One more, until the result is dropped.
+    pub fn begin(self: &Arc<Self>, build: BuildId) -> Use {
+        *self.0.lock().entry(build).or_default() += 1;
+        Use { uses: self.clone(), build }
+    }
+
+    fn count(&self, build: BuildId) -> usize {
+        self.0.lock().get(&build).copied().unwrap_or_default()
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        let mut uses = self.uses.0.lock();
+        if let Some(count) = uses.get_mut(&self.build) {
+            *count -= 1;
+            if *count == 0 {
+                uses.remove(&self.build);
+            }
+        }
+    }
+}
+
 impl Factory {
-    /// Removes a published build and its warm machines, unless other builds read its files.
+    /// Removes a published build and its warm machines, unless other builds read its files or
+    /// sandboxes run from it.
     pub async fn remove(&self, build: BuildId) -> Result<(), RemoveError> {
         let _alone = self.removals().write().await;
+        let count = self.uses().count(build);
+        if count > 0 {
+            return Err(RemoveError::Running { build, count });
+        }
         let users = builds_that_read(self.store(), build).await?;
         if let Some(user) = users.first() {
             return Err(RemoveError::InUse { build, user: *user, count: users.len() });
@@ -63,7 +115,7 @@ async fn reads(
         Err(e) if e.is_damage() || matches!(e, StorageError::NotFound(_)) => return Ok(false),
         Err(e) => return Err(e),
     };
-    // The base counts even if no byte of it is left: its memory file is what is mapped.
+    // The base counts even if no byte of it is left: whatever is made from this build names it too.
     let header = Header::parse(&text);
     Ok(header.is_ok_and(|h| h.base() == build || h.mappings().iter().any(|m| m.build == build)))
 }
@@ -73,6 +125,19 @@ mod tests {
     use nidus_block::header::Mapping;
 
     use super::*;
+
+    #[test]
+    fn a_build_is_in_use_until_the_last_sandbox_of_it_ends() {
+        let uses = Arc::<Uses>::default();
+        let [a, b] = [(); 2].map(|()| BuildId::random());
+        let (first, second, other) = (uses.begin(a), uses.begin(a), uses.begin(b));
+        assert_eq!((uses.count(a), uses.count(b)), (2, 1));
+        drop(first);
+        drop(other);
+        assert_eq!((uses.count(a), uses.count(b)), (1, 0));
+        drop(second);
+        assert!(uses.0.lock().is_empty());
+    }
 
     #[tokio::test]
     async fn a_build_is_needed_by_its_children() {

@@ -1,10 +1,10 @@
 //! A VM with its slot and its disk: what is acquired together and released together.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nidus_block::{DirtyBlocks, Overlay};
+use nidus_block::{BlockError, Frozen, Overlay};
 use nidus_network::{NetworkSlot, Pool};
 use nidus_storage::BuildId;
 use nidus_template::{DiskError, RootDisk, VmHost};
@@ -197,10 +197,14 @@ impl Machine {
         self.disk.flush().await
     }
 
-    /// The blocks that the guest wrote to its disk so far, and the file that has them at their
-    /// offsets. Both stand still only while the VM is paused and its disk is flushed.
-    pub fn disk_changes(&self) -> (DirtyBlocks, PathBuf) {
-        (self.overlay.dirty(), self.overlay.cache_path().to_owned())
+    /// What the guest wrote to its disk so far. To be called while it is paused and its disk flushed.
+    pub async fn freeze_disk(&self) -> Result<Frozen, BlockError> {
+        self.overlay.freeze().await
+    }
+
+    /// Gives back what was frozen.
+    pub async fn merge_disk(&self, frozen: Frozen) -> Result<(), BlockError> {
+        self.overlay.merge(frozen).await
     }
 
     /// Where the VMM has its memory.

@@ -11,7 +11,7 @@ use nidus_memory::uffd::{self, Cached, Fetched, Origin, PageSource, SourceError}
 use nidus_memory::{Memfile, PageSize};
 use nidus_storage::StorageError;
 
-use crate::PauseError;
+use crate::SaveError;
 
 /// Memory is copied in pieces of this size.
 pub const PIECE: u64 = 1 << 20;
@@ -83,8 +83,8 @@ impl PageSource for BuildPages {
 }
 
 /// The memory file that a process has mapped, checked.
-pub fn base_memfile(path: &Path, memory: &MappedDevice) -> Result<Memfile, PauseError> {
-    let wrong = |e| PauseError::Memfile(Box::new(e));
+pub fn base_memfile(path: &Path, memory: &MappedDevice) -> Result<Memfile, SaveError> {
+    let wrong = |e| SaveError::Memfile(Box::new(e));
     Memfile::open(PathBuf::from(path), PageSize::Small, Some(memory.size())).map_err(wrong)
 }
 

@@ -22,6 +22,9 @@ pub enum EventKind {
     /// Its state was stored and everything else of it released.
     #[serde(rename = "sandbox.lifecycle.paused")]
     Paused,
+    /// Its state was stored, and it runs on.
+    #[serde(rename = "sandbox.lifecycle.checkpointed")]
+    Checkpointed,
     /// Its end time or its network policy was changed.
     #[serde(rename = "sandbox.lifecycle.updated")]
     Updated,
@@ -40,6 +43,7 @@ impl EventKind {
             Self::Created => "sandbox.lifecycle.created",
             Self::Resumed => "sandbox.lifecycle.resumed",
             Self::Paused => "sandbox.lifecycle.paused",
+            Self::Checkpointed => "sandbox.lifecycle.checkpointed",
             Self::Updated => "sandbox.lifecycle.updated",
             Self::Killed => "sandbox.lifecycle.killed",
             Self::Failed => "sandbox.lifecycle.failed",

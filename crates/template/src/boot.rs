@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nidus_block::{BlockDevice, FileDevice, Overlay, ReadDevice};
+use nidus_block::{FileDevice, Frozen, Overlay, ReadDevice};
 use nidus_envd_protocol::{Client, EnvdClient, StartCommand};
 use nidus_network::NetworkSlot;
 use nidus_vmm::{Boot, Limits, Memory, MemoryDoor, SaveMemory, SnapshotFiles, Vm, VmConfig};
@@ -112,9 +112,8 @@ async fn with_slot(
     let released = root.release().await;
     result?;
     released?;
-    overlay.flush().await?;
-    let (disk, target) = (overlay, cold.rootfs.clone());
-    let copied = crate::build::blocking(move || merge(&disk, &target)).await;
+    let (changes, target) = (overlay.freeze().await?, cold.rootfs.clone());
+    let copied = crate::build::blocking(move || merge(&changes, &target)).await;
     let memfile = cold.memfile.clone();
     crate::build::blocking(move || {
         punch_zeroes(&memfile).map_err(|e| BuildError::io("take the zeros out of", &memfile, e))
@@ -195,20 +194,18 @@ async fn warm_up(
 }
 
 /// Writes the guest's changes back into the image, which nobody uses yet.
-fn merge(overlay: &Overlay, rootfs: &Path) -> Result<(), BuildError> {
+fn merge(changes: &Frozen, rootfs: &Path) -> Result<(), BuildError> {
     use std::os::unix::fs::FileExt;
     let wrap = |e| BuildError::io("merge the guest's writes into", rootfs, e);
-    let from = File::open(overlay.cache_path()).map_err(wrap)?;
     let to = File::options().write(true).open(rootfs).map_err(wrap)?;
-    let block = nidus_block::BLOCK_SIZE;
-    let mut buf = vec![0u8; block as usize];
-    let size = overlay.size();
-    for range in overlay.dirty().ranges() {
-        for index in range {
-            let offset = index * block;
-            let len = block.min(size - offset) as usize;
-            from.read_exact_at(&mut buf[..len], offset).map_err(wrap)?;
-            to.write_all_at(&buf[..len], offset).map_err(wrap)?;
+    let mut piece = vec![0u8; 1 << 20];
+    for range in changes.ranges() {
+        let mut at = range.start;
+        while at < range.end {
+            let part = (range.end - at).min(piece.len() as u64) as usize;
+            changes.read_blocking(at, &mut piece[..part])?;
+            to.write_all_at(&piece[..part], at).map_err(wrap)?;
+            at += part as u64;
         }
     }
     to.sync_all().map_err(wrap)

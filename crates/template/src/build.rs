@@ -347,6 +347,7 @@ impl Builder {
             envd_version: nidus_envd_protocol::ENVD_VERSION.to_owned(),
             parent: None,
             base: None,
+            guest: None,
             created_at: Utc::now(),
         };
         let text = serde_json::to_vec_pretty(&metadata)

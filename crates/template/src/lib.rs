@@ -20,4 +20,4 @@ pub use disk::DiskServer;
 pub use host::{DiskError, RootDisk, VmHost, tap_mode};
 pub use image::{identity as image_identity, make as make_image};
 pub use kernel::ensure as ensure_kernel;
-pub use metadata::{MetadataError, TemplateMetadata};
+pub use metadata::{GuestState, MetadataError, TemplateMetadata};

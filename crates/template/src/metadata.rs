@@ -1,5 +1,7 @@
 //! `metadata.json` of a build: what is needed to resume it, and by what.
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
 use nidus_storage::BuildId;
 use nidus_vmm::DriverId;
@@ -35,8 +37,21 @@ pub struct TemplateMetadata {
     /// The template's build that the line of pauses began with; none for a template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BuildId>,
+    /// What the envd inside knows already; none for a template that was booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestState>,
     /// When the build was finished.
     pub created_at: DateTime<Utc>,
+}
+
+/// What the envd in a saved sandbox was told. Both are in the guest's memory, and so in the build.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GuestState {
+    /// The token that it asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_token: Option<String>,
+    /// Environment of commands.
+    pub env_vars: HashMap<String, String>,
 }
 
 /// A metadata document that cannot be used.
@@ -119,6 +134,7 @@ mod tests {
             envd_version: "0.1.0".into(),
             parent: None,
             base: None,
+            guest: None,
             created_at: Utc::now(),
         }
     }

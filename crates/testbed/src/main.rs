@@ -47,7 +47,7 @@ enum Command {
 }
 
 /// The machine's size.
-#[derive(Args, Clone, Copy, Debug)]
+#[derive(Args, Clone, Debug)]
 struct Size {
     /// Memory in MiB; the host gives what is touched
     #[arg(long, default_value_t = 6144)]
@@ -55,6 +55,9 @@ struct Size {
     /// Virtual processors
     #[arg(long, default_value_t = 2)]
     cpus: u32,
+    /// Give QEMU's monitor this socket, for a look at a machine that hangs ('info registers -a')
+    #[arg(long, value_name = "SOCKET")]
+    monitor: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {

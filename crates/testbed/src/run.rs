@@ -56,7 +56,7 @@ pub fn run(cache: &Path, options: Options) -> Result<ExitCode> {
     };
     let spec = Spec { shares: options.share, jobs: vec![job] };
     let end = Instant::now() + Duration::from_secs(options.timeout) + BOOT_LIMIT;
-    let mut vm = Vm::boot(&image, options.size, &spec, options.console)?;
+    let mut vm = Vm::boot(&image, &options.size, &spec, options.console)?;
     let mut ended = None;
     loop {
         match vm.next(end)? {

@@ -41,7 +41,7 @@ pub struct Vm {
 
 impl Vm {
     /// Boots the machine. With `show_console`, what its kernel says goes to the error output.
-    pub fn boot(image: &Image, size: Size, spec: &Spec, show_console: bool) -> Result<Self> {
+    pub fn boot(image: &Image, size: &Size, spec: &Spec, show_console: bool) -> Result<Self> {
         let initramfs = initramfs(image, spec)?;
         let (channel, far_end) = UnixStream::pair().context("make the agent's channel")?;
         let far_end = OwnedFd::from(far_end);
@@ -154,7 +154,7 @@ fn initramfs(image: &Image, spec: &Spec) -> Result<OwnedFd> {
 fn arguments(
     command: &mut Command,
     image: &Image,
-    size: Size,
+    size: &Size,
     spec: &Spec,
     initramfs: RawFd,
     channel: RawFd,
@@ -176,6 +176,9 @@ fn arguments(
         .args(["-chardev", &format!("socket,id=agent,fd={channel}")])
         .args(["-device", "virtserialport,chardev=agent,nr=1"])
         .args(["-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"]);
+    if let Some(socket) = &size.monitor {
+        command.args(["-monitor", &format!("unix:{},server=on,wait=off", path(socket))]);
+    }
     for (i, share) in spec.shares.iter().enumerate() {
         let access = if share.read_only { "on" } else { "off" };
         command

@@ -1,5 +1,6 @@
-//! What the API keeps: teams, keys, templates and their builds, paused sandboxes, in one SQLite file.
+//! What the API keeps: teams, keys, templates and their builds, paused sandboxes and snapshots, in one SQLite file.
 
+mod checkpoints;
 mod keys;
 mod snapshots;
 mod templates;
@@ -13,6 +14,7 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 
+pub use checkpoints::SnapshotFilter;
 pub use keys::{ApiKey, NewKey};
 pub use snapshots::SnapshotRow;
 pub use templates::{BuildRow, BuildStatus, TemplateRow};
@@ -20,7 +22,8 @@ pub use templates::{BuildRow, BuildStatus, TemplateRow};
 /// Version of the schema that this program writes.
 const SCHEMA: i64 = STEPS.len() as i64;
 /// What makes each version out of the one before it.
-const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema2.sql")];
+const STEPS: [&str; 3] =
+    [include_str!("schema.sql"), include_str!("schema2.sql"), include_str!("schema3.sql")];
 /// Another process (`nidus key create`) may be writing.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
 

@@ -100,6 +100,17 @@ impl Store {
         rows.iter().map(row).collect::<Result<_, _>>().map_err(wrap)
     }
 
+    /// The newest build of a sandbox, whosever it is.
+    pub(crate) async fn newest_snapshot(&self, sandbox: &str) -> Result<Option<SnapshotRow>, StoreError> {
+        let wrap = sql("look a paused sandbox up");
+        let found = sqlx::query(select!("WHERE sandbox_id = ? ORDER BY rowid DESC LIMIT 1"))
+            .bind(sandbox)
+            .fetch_optional(&self.pool)
+            .await
+            .map_err(&wrap)?;
+        found.as_ref().map(row).transpose().map_err(wrap)
+    }
+
     /// The newest build of each sandbox of a team.
     pub(crate) async fn snapshots(&self, team: &str) -> Result<Vec<SnapshotRow>, StoreError> {
         let wrap = sql("list paused sandboxes");
@@ -149,6 +160,8 @@ mod tests {
         assert_eq!(seen, [("3", false), ("1", true)]);
         assert_eq!((&of_a[0].config, of_a[0].started_at), (&config("a", "3"), started));
         assert!(store.snapshots_of("another", "a").await.unwrap().is_empty());
+        assert_eq!(store.newest_snapshot("a").await.unwrap().unwrap().build_id, "3");
+        assert!(store.newest_snapshot("c").await.unwrap().is_none());
         let mut newest: Vec<_> =
             store.snapshots(&team).await.unwrap().into_iter().map(|s| s.build_id).collect();
         newest.sort();

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
 
 use super::{Store, StoreError, now, sql, time};
 
@@ -51,6 +51,10 @@ pub struct TemplateRow {
     pub spawn_count: i64,
     pub last_spawned_at: Option<DateTime<Utc>>,
     pub aliases: Vec<String>,
+    /// The sandbox that it is a snapshot of; none for a template that was built.
+    pub snapshot_of: Option<String>,
+    /// Grows with every template.
+    pub number: i64,
 }
 
 /// A build of one.
@@ -92,7 +96,7 @@ fn build(r: &SqliteRow) -> Result<BuildRow, sqlx::Error> {
     })
 }
 
-fn template(r: &SqliteRow) -> Result<TemplateRow, sqlx::Error> {
+pub(super) fn template(r: &SqliteRow) -> Result<TemplateRow, sqlx::Error> {
     let names: Option<String> = r.try_get(7)?;
     Ok(TemplateRow {
         id: r.try_get(0)?,
@@ -103,6 +107,8 @@ fn template(r: &SqliteRow) -> Result<TemplateRow, sqlx::Error> {
         spawn_count: r.try_get(5)?,
         last_spawned_at: r.try_get::<Option<i64>, _>(6)?.map(time),
         aliases: names.unwrap_or_default().split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect(),
+        snapshot_of: r.try_get(8)?,
+        number: r.try_get(9)?,
     })
 }
 
@@ -110,10 +116,57 @@ macro_rules! template_query {
     ($where:literal) => {
         concat!(
             "SELECT t.id, t.team_id, t.public, t.created_at, t.updated_at, t.spawn_count, t.last_spawned_at, ",
-            "(SELECT group_concat(alias, ',') FROM aliases a WHERE a.template_id = t.id) FROM templates t ",
+            "(SELECT group_concat(alias, ',') FROM aliases a WHERE a.template_id = t.id), t.snapshot_of, t.rowid ",
+            "FROM templates t ",
             $where
         )
     };
+}
+
+pub(super) use template_query;
+
+/// The template of this name, or a new one.
+pub(super) async fn find_or_add(
+    tx: &mut SqliteConnection,
+    team: &str,
+    name: Option<&str>,
+    public: bool,
+) -> Result<TemplateRow, StoreError> {
+    let wrap = sql("add a template");
+    let known: Option<String> = sqlx::query_scalar("SELECT template_id FROM aliases WHERE alias = ?")
+        .bind(name)
+        .fetch_optional(&mut *tx)
+        .await
+        .map_err(&wrap)?;
+    let id = match known {
+        Some(id) => id,
+        None => {
+            let id = crate::sandboxes::random_id(20).map_err(StoreError::Random)?;
+            sqlx::query(
+                "INSERT INTO templates (id, team_id, public, created_at, updated_at) VALUES (?, ?, ?, ?, ?)",
+            )
+            .bind(&id)
+            .bind(team)
+            .bind(public)
+            .bind(now())
+            .bind(now())
+            .execute(&mut *tx)
+            .await
+            .map_err(&wrap)?;
+            if let Some(name) = name {
+                sqlx::query("INSERT INTO aliases (alias, template_id) VALUES (?, ?)")
+                    .bind(name)
+                    .bind(&id)
+                    .execute(&mut *tx)
+                    .await
+                    .map_err(&wrap)?;
+            }
+            id
+        }
+    };
+    let row =
+        sqlx::query(template_query!("WHERE t.id = ?")).bind(&id).fetch_one(&mut *tx).await.map_err(&wrap)?;
+    template(&row).map_err(wrap)
 }
 
 impl Store {
@@ -126,39 +179,7 @@ impl Store {
     ) -> Result<TemplateRow, StoreError> {
         let wrap = sql("add a template");
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
-        let known: Option<String> = sqlx::query_scalar("SELECT template_id FROM aliases WHERE alias = ?")
-            .bind(name)
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(&wrap)?;
-        let id = match known {
-            Some(id) => id,
-            None => {
-                let id = crate::sandboxes::random_id(20).map_err(StoreError::Random)?;
-                sqlx::query("INSERT INTO templates (id, team_id, public, created_at, updated_at) VALUES (?, ?, ?, ?, ?)")
-                    .bind(&id)
-                    .bind(team)
-                    .bind(public)
-                    .bind(now())
-                    .bind(now())
-                    .execute(&mut *tx)
-                    .await
-                    .map_err(&wrap)?;
-                sqlx::query("INSERT INTO aliases (alias, template_id) VALUES (?, ?)")
-                    .bind(name)
-                    .bind(&id)
-                    .execute(&mut *tx)
-                    .await
-                    .map_err(&wrap)?;
-                id
-            }
-        };
-        let row = sqlx::query(template_query!("WHERE t.id = ?"))
-            .bind(&id)
-            .fetch_one(&mut *tx)
-            .await
-            .map_err(&wrap)?;
-        let found = template(&row).map_err(&wrap)?;
+        let found = find_or_add(&mut tx, team, Some(name), public).await?;
         tx.commit().await.map_err(&wrap)?;
         Ok(found)
     }
@@ -176,15 +197,16 @@ impl Store {
         row.as_ref().map(template).transpose().map_err(wrap)
     }
 
-    /// A team's templates and the public ones, oldest first.
+    /// A team's templates and the public ones, oldest first; without snapshots of sandboxes.
     pub(crate) async fn templates(&self, team: &str) -> Result<Vec<TemplateRow>, StoreError> {
         let wrap = sql("list the templates");
-        let rows =
-            sqlx::query(template_query!("WHERE t.team_id = ? OR t.public ORDER BY t.created_at, t.id"))
-                .bind(team)
-                .fetch_all(&self.pool)
-                .await
-                .map_err(&wrap)?;
+        let rows = sqlx::query(template_query!(
+            "WHERE (t.team_id = ? OR t.public) AND t.snapshot_of IS NULL ORDER BY t.created_at, t.id"
+        ))
+        .bind(team)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(&wrap)?;
         rows.iter().map(template).collect::<Result<_, _>>().map_err(wrap)
     }
 

@@ -1,8 +1,8 @@
 //! Builds with a root file system, in a store of their own.
 
-use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
+use std::{fs::File, sync::Arc};
 
-use nidus_block::{BLOCK_SIZE, DiffWriter, MappedDevice, Overlay, ReadDevice, header::Header};
+use nidus_block::{BLOCK_SIZE, DiffWriter, MappedDevice, Overlay, header::Header};
 use nidus_storage::{Artifact, BuildId, LocalStore, StagedBuild};
 use tempfile::TempDir;
 
@@ -41,13 +41,12 @@ pub async fn pause(store: &LocalStore, parent: &MappedDevice, overlay: &Overlay)
     let staged = store.stage(build).await.unwrap();
     let path = staged.path(Artifact::Rootfs);
     let file = File::create_new(&path).unwrap();
-    let cache = File::open(overlay.cache_path()).unwrap();
+    let frozen = overlay.freeze().await.unwrap();
     let mut diff = DiffWriter::new(parent, build, &file, &path);
-    for range in overlay.dirty().ranges() {
-        let (start, end) = (range.start * BLOCK_SIZE, (range.end * BLOCK_SIZE).min(parent.size()));
-        let mut bytes = vec![0; (end - start) as usize];
-        cache.read_exact_at(&mut bytes, start).unwrap();
-        diff.push(start, &bytes).unwrap();
+    for range in frozen.ranges() {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        frozen.read_blocking(range.start, &mut bytes).unwrap();
+        diff.push(range.start, &bytes).unwrap();
     }
     let diff = diff.finish().unwrap();
     assert!(file.metadata().unwrap().len() <= diff.stored);

@@ -70,7 +70,7 @@ pub fn run(cache: &Path, options: Options) -> Result<ExitCode> {
     }
     if !plan.spec.jobs.is_empty() {
         let image = image::ensure(cache)?;
-        let vm = Vm::boot(&image, options.size, &plan.spec, options.console)?;
+        let vm = Vm::boot(&image, &options.size, &plan.spec, options.console)?;
         let end = Instant::now() + Duration::from_secs(options.timeout);
         let mut watch = Watch { plan: &plan, report: &mut report, running: None, verbose: options.verbose };
         watch.follow(vm, end);

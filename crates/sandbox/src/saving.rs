@@ -1,0 +1,420 @@
+//! Saving: what a sandbox is becomes a build that stores what it changed.
+//!
+//! For a pause the guest stands still from the first step to the last. For a checkpoint it stands
+//! still only until what it wrote is taken: its memory copied, its disk frozen. What is slow,
+//! comparing with the build that it was resumed from and writing the difference, is done while it
+//! runs on. Whatever fails, what was written is removed and the guest runs on: either a whole build
+//! is published or nothing has happened.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chrono::Utc;
+use nidus_block::{BlockError, Diff, DiffWriter, Frozen, MappedDevice};
+use nidus_memory::ProcessMemory;
+use nidus_memory::pagemap::written_ranges;
+use nidus_storage::{Artifact, BuildId, StagedBuild};
+use nidus_template::TemplateMetadata;
+use nidus_vmm::{MemoryDoor, MemorySaved, SaveMemory, SnapshotFiles};
+use tempfile::NamedTempFile;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::SaveError;
+use crate::factory::Sandbox;
+use crate::pages::{PIECE, base_memfile};
+
+/// Memory that all checkpoints of a node together may copy, in MiB. A guest that has written more than
+/// what is left stands still until it is stored.
+pub(crate) const COPY_LIMIT_MB: usize = 1024;
+
+/// The build that is to be made.
+#[derive(Debug, Clone)]
+pub struct SaveSpec {
+    /// Its id.
+    pub build_id: BuildId,
+    /// Template that it is recorded under.
+    pub template_id: String,
+}
+
+/// A published build of a sandbox.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    /// What the build is.
+    pub metadata: TemplateMetadata,
+    /// How long the guest stood still; for a pause, until all of it was stored.
+    pub stop_time: Duration,
+    /// How long comparing and writing took.
+    pub store_time: Duration,
+    /// Bytes of memory that the build stores itself.
+    pub memory_bytes: u64,
+    /// Bytes of disk that it stores itself.
+    pub disk_bytes: u64,
+    /// Builds that its memory is read from, and the one that it began with.
+    pub memory_builds: Lineage,
+    /// Builds that its disk is read from, and the one that it began with.
+    pub disk_builds: Lineage,
+}
+
+/// Where the parts of a device lie.
+#[derive(Debug, Clone)]
+pub struct Lineage {
+    /// The first build.
+    pub base: BuildId,
+    /// Each build that stores a part, with the bytes that are read from it.
+    pub builds: Vec<(BuildId, u64)>,
+}
+
+impl Lineage {
+    fn of(header: &nidus_block::header::Header) -> Self {
+        let mut builds: Vec<(BuildId, u64)> = Vec::new();
+        for m in header.mappings().iter().filter(|m| !m.build.is_nil()) {
+            match builds.iter_mut().find(|(b, _)| *b == m.build) {
+                Some((_, bytes)) => *bytes += m.len,
+                None => builds.push((m.build, m.len)),
+            }
+        }
+        Self { base: header.base(), builds }
+    }
+}
+
+/// What a stopped guest was, and where it is to be stored.
+pub(crate) struct Taken {
+    parent: Arc<TemplateMetadata>,
+    memory_parent: Arc<MappedDevice>,
+    memory: Written,
+    memfile: (File, PathBuf),
+    disk_parent: Arc<MappedDevice>,
+    pub disk: Arc<Frozen>,
+    rootfs: (File, PathBuf),
+}
+
+/// Where the memory that was written is.
+enum Written {
+    /// In the private mapping that a process has of a memory file.
+    By(u32, PathBuf),
+    /// Copied.
+    Copied(Copied),
+    /// In a file, each range at its own offset.
+    To(NamedTempFile, Vec<Range<u64>>),
+}
+
+/// Ranges of memory, one after another.
+struct Copied {
+    ranges: Vec<Range<u64>>,
+    bytes: Vec<u8>,
+    _share: OwnedSemaphorePermit,
+}
+
+impl Taken {
+    /// Whether the guest may write to its memory again before this is stored.
+    pub fn lets_guest_run(&self) -> bool {
+        !matches!(self.memory, Written::By(..))
+    }
+}
+
+/// Stops the guest and takes what it is. With `copies`, its memory is copied from where it is if
+/// that much of it is left; without, it stays there.
+pub(crate) async fn take(
+    sandbox: &mut Sandbox,
+    staged: &StagedBuild,
+    copies: Option<Arc<Semaphore>>,
+) -> Result<Taken, SaveError> {
+    let machine = sandbox.machine();
+    let template = machine.template().clone();
+    let new = |artifact| new_file(staged.path(artifact)).map(|file| (file, staged.path(artifact)));
+    let (snapfile, memfile, rootfs) =
+        (new(Artifact::Snapfile)?.0, new(Artifact::Memfile)?, new(Artifact::Rootfs)?);
+    let served = machine.memory_door() == MemoryDoor::Own;
+    // The driver writes what changed to a file of its own, from where it is compared.
+    let diff = if served { Some(scratch(staged.dir())?) } else { None };
+    let memory = match &diff {
+        Some(file) => {
+            SaveMemory::Diff(file.as_file().try_clone().map_err(|e| SaveError::io("pass a file on", e))?)
+        }
+        None => SaveMemory::Stay,
+    };
+    machine.vm().pause().await?;
+    let saved = machine.vm().snapshot(SnapshotFiles { state: snapfile, memory }).await?;
+    machine.flush_disk().await?;
+    let memory = match (saved, diff) {
+        (MemorySaved::InMapping, _) => {
+            let path = template.memfile_path().ok_or(SaveError::Where("in a mapping of no file"))?;
+            let (pid, path) = (machine.vm().pid(), path.to_owned());
+            match copies {
+                Some(left) => copy(pid, path, template.memory.clone(), left).await?,
+                None => Written::By(pid, path),
+            }
+        }
+        (MemorySaved::Diff(ranges), Some(file)) => Written::To(file, ranges),
+        (MemorySaved::InMemfile, _) => return Err(SaveError::Where("in the template's file")),
+        _ => return Err(SaveError::Where("as a whole")),
+    };
+    // Last: of all that was done, this alone outlives an error.
+    let disk = Arc::new(machine.freeze_disk().await?);
+    Ok(Taken {
+        parent: Arc::new(template.metadata.clone()),
+        memory_parent: template.memory.clone(),
+        memory,
+        memfile,
+        disk_parent: template.disk.clone(),
+        disk,
+        rootfs,
+    })
+}
+
+/// Copies what a stopped process has written, or leaves it where it is if that is too much.
+async fn copy(
+    pid: u32,
+    path: PathBuf,
+    parent: Arc<MappedDevice>,
+    left: Arc<Semaphore>,
+) -> Result<Written, SaveError> {
+    let work = move || {
+        let memfile = base_memfile(&path, &parent)?;
+        let ranges = written_ranges(pid, &memfile)?;
+        let total: u64 = ranges.iter().map(|r| r.end - r.start).sum();
+        let share = u32::try_from(total.div_ceil(1 << 20)).ok();
+        let share = share.and_then(|share| left.try_acquire_many_owned(share).ok());
+        let (Some(share), Ok(size)) = (share, usize::try_from(total)) else {
+            tracing::info!(
+                pid,
+                bytes = total,
+                "too much memory to be copied: the guest waits until it is stored"
+            );
+            return Ok(Written::By(pid, path));
+        };
+        let process = ProcessMemory::open(pid, &memfile)?;
+        // Zeros that the kernel makes where they are first written to.
+        let mut bytes = vec![0; size];
+        let mut rest = bytes.as_mut_slice();
+        for range in &ranges {
+            let (part, after) = rest.split_at_mut((range.end - range.start) as usize);
+            process.read_at(range.start, part)?;
+            rest = after;
+        }
+        Ok(Written::Copied(Copied { ranges, bytes, _share: share }))
+    };
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|e| Err(SaveError::io("copy a memory", std::io::Error::other(e))))
+}
+
+/// Stores what differs from the build that the sandbox was resumed from, and publishes the build.
+/// What was staged goes with an error.
+pub(crate) async fn publish(
+    sandbox: &Sandbox,
+    spec: &SaveSpec,
+    staged: StagedBuild,
+    taken: Taken,
+) -> Result<Saved, SaveError> {
+    let began = Instant::now();
+    let (parent, build) = (taken.parent.clone(), spec.build_id);
+    let done = tokio::task::spawn_blocking(move || taken.store(build)).await;
+    let (memory, disk) =
+        done.unwrap_or_else(|e| Err(SaveError::io("store a sandbox", std::io::Error::other(e))))?;
+    let metadata = TemplateMetadata {
+        version: TemplateMetadata::VERSION,
+        template_id: spec.template_id.clone(),
+        build_id: build,
+        parent: Some(parent.build_id),
+        base: Some(memory.header.base()),
+        guest: Some(sandbox.guest_state()),
+        created_at: Utc::now(),
+        ..TemplateMetadata::clone(&parent)
+    };
+    let (memory_builds, disk_builds) = (Lineage::of(&memory.header), Lineage::of(&disk.header));
+    let below = memory_builds.builds.iter().chain(&disk_builds.builds).map(|(b, _)| *b);
+    // From here until the build is there, so that it is among those that are asked for.
+    let removals = sandbox.removals();
+    let _no_removal = removals.read().await;
+    for needed in below.chain([memory_builds.base]).filter(|b| *b != build) {
+        // What is in use is not removed, but files can be lost in other ways.
+        if !sandbox.store().exists(needed).await? {
+            return Err(SaveError::ParentGone(needed));
+        }
+    }
+    let text =
+        serde_json::to_vec_pretty(&metadata).map_err(|e| SaveError::io("write metadata.json", e.into()))?;
+    staged.write(Artifact::MemfileHeader, memory.header.to_bytes()).await?;
+    staged.write(Artifact::RootfsHeader, disk.header.to_bytes()).await?;
+    staged.write(Artifact::Metadata, text).await?;
+    staged.commit().await?;
+    sandbox.compact_later(build);
+    Ok(Saved {
+        metadata,
+        stop_time: Duration::ZERO,
+        store_time: began.elapsed(),
+        memory_bytes: memory.stored,
+        disk_bytes: disk.stored,
+        memory_builds,
+        disk_builds,
+    })
+}
+
+fn new_file(path: PathBuf) -> Result<File, SaveError> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .map_err(|e| BlockError::io("create", &path, e).into())
+}
+
+/// A file with a name, without which it could not be shown to a VMM in its jail.
+fn scratch(dir: &Path) -> Result<NamedTempFile, SaveError> {
+    NamedTempFile::new_in(dir).map_err(|e| BlockError::io("make a file in", dir, e).into())
+}
+
+impl Taken {
+    /// Blocks.
+    fn store(self, build: BuildId) -> Result<(Diff, Diff), SaveError> {
+        let mut memory = DiffWriter::new(&self.memory_parent, build, &self.memfile.0, &self.memfile.1);
+        match &self.memory {
+            Written::By(pid, path) => {
+                let memfile = base_memfile(path, &self.memory_parent)?;
+                let process = ProcessMemory::open(*pid, &memfile)?;
+                let read = |at, buf: &mut [u8]| Ok(process.read_at(at, buf)?);
+                push(written_ranges(*pid, &memfile)?, read, &mut memory)?;
+            }
+            Written::Copied(copied) => {
+                let mut rest = copied.bytes.as_slice();
+                for range in &copied.ranges {
+                    let (part, after) = rest.split_at((range.end - range.start) as usize);
+                    for (n, piece) in part.chunks(PIECE as usize).enumerate() {
+                        memory.push(range.start + n as u64 * PIECE, piece)?;
+                    }
+                    rest = after;
+                }
+            }
+            Written::To(file, ranges) => {
+                let read = |at, buf: &mut [u8]| {
+                    file.as_file()
+                        .read_exact_at(buf, at)
+                        .map_err(|e| SaveError::io("read what the VMM saved", e))
+                };
+                push(ranges.iter().cloned(), read, &mut memory)?;
+            }
+        }
+        let mut disk = DiffWriter::new(&self.disk_parent, build, &self.rootfs.0, &self.rootfs.1);
+        push(self.disk.ranges(), |at, buf: &mut [u8]| Ok(self.disk.read_blocking(at, buf)?), &mut disk)?;
+        Ok((memory.finish()?, disk.finish()?))
+    }
+}
+
+fn push(
+    ranges: impl IntoIterator<Item = Range<u64>>,
+    read: impl Fn(u64, &mut [u8]) -> Result<(), SaveError>,
+    to: &mut DiffWriter<'_>,
+) -> Result<(), SaveError> {
+    let mut piece = vec![0; PIECE as usize];
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end {
+            let part = &mut piece[..(range.end - at).min(PIECE) as usize];
+            read(at, part)?;
+            to.push(at, part)?;
+            at += part.len() as u64;
+        }
+    }
+    Ok(())
+}
+
+impl Sandbox {
+    /// Lets a stopped guest run on, whatever came of the saving.
+    pub(crate) async fn resume_after<T>(&mut self, result: Result<T, SaveError>) -> Result<T, SaveError> {
+        match self.machine().vm().resume().await {
+            Ok(()) => result,
+            Err(also) => Err(SaveError::NotResumed { cause: result.err().map(Box::new), also }),
+        }
+    }
+
+    /// Makes one layer of what was frozen of a disk that is written on.
+    pub(crate) async fn settle(&mut self, frozen: Arc<Frozen>) {
+        // Whoever stored it has done so, or failed.
+        let Some(frozen) = Arc::into_inner(frozen) else { return };
+        if let Err(e) = self.machine().merge_disk(frozen).await {
+            tracing::warn!(sandbox = self.id(), "its disk keeps one more layer: {e}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use nidus_block::header::Header;
+    use nidus_block::{BlockDevice, Overlay};
+    use nidus_storage::LocalStore;
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    async fn base(store: &LocalStore, bytes: &[u8]) -> Arc<MappedDevice> {
+        let build = BuildId::random();
+        let staged = store.stage(build).await.unwrap();
+        staged.write(Artifact::Metadata, "{}").await.unwrap();
+        staged.write(Artifact::Memfile, bytes).await.unwrap();
+        staged.commit().await.unwrap();
+        let header = Header::identity(build, bytes.len() as u64, PAGE).unwrap();
+        let store = store.clone();
+        let open = move |build| store.open_artifact(build, Artifact::Memfile);
+        Arc::new(MappedDevice::open(header, open).await.unwrap())
+    }
+
+    /// Memory that was copied and memory in a file are stored alike: what differs, and no more; and the
+    /// disk as it was frozen.
+    #[tokio::test]
+    async fn what_was_taken_is_stored() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let memory: Vec<u8> = (0..16u8).flat_map(|n| vec![n; PAGE as usize]).collect();
+        let store = LocalStore::open(dir.path().join("storage")).unwrap();
+        let memory_parent = base(&store, &memory).await;
+        let disk_parent = base(&store, &vec![5; 8 * PAGE as usize]).await;
+        let overlay = Overlay::create(disk_parent.clone(), dir.path().join("overlay")).await.unwrap();
+        overlay.write_at(PAGE, Bytes::from(vec![6; PAGE as usize])).await.unwrap();
+        // Page 2 changes, 3 becomes zeros, 9 was written with what it had.
+        let ranges = vec![2 * PAGE..4 * PAGE, 9 * PAGE..10 * PAGE];
+        let page = |byte: u8| vec![byte; PAGE as usize];
+        let bytes = [page(77), page(0), page(9)].concat();
+        let metadata = r#"{"version":1,"template_id":"t","build_id":"00000000-0000-0000-0000-000000000001",
+            "kernel_version":"k","vmm":{"driver":"d","version":"v","accel":"a"},"vcpu":1,"memory_mb":1,
+            "disk_mb":1,"envd_version":"e","created_at":"2026-01-01T00:00:00Z"}"#;
+        let metadata = Arc::new(TemplateMetadata::parse(BuildId::random(), metadata.as_bytes()).unwrap());
+        let file = scratch(dir.path()).unwrap();
+        let to = file.as_file();
+        to.write_all_at(&bytes[..2 * PAGE as usize], 2 * PAGE).unwrap();
+        to.write_all_at(&bytes[2 * PAGE as usize..], 9 * PAGE).unwrap();
+        let share = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let copied = Copied { ranges: ranges.clone(), bytes: bytes.clone(), _share: share };
+        for memory in [Written::To(file, ranges), Written::Copied(copied)] {
+            let build = BuildId::random();
+            let new = |what: &str| {
+                let path = dir.path().join(format!("{build}.{what}"));
+                (new_file(path.clone()).unwrap(), path)
+            };
+            let taken = Taken {
+                parent: metadata.clone(),
+                memory_parent: memory_parent.clone(),
+                memory,
+                memfile: new("memfile"),
+                disk_parent: disk_parent.clone(),
+                disk: Arc::new(overlay.freeze().await.unwrap()),
+                rootfs: new("rootfs"),
+            };
+            overlay.write_at(PAGE, Bytes::from(page(8))).await.unwrap();
+            let (memory, disk) = taken.store(build).unwrap();
+            let read = |what: &str| std::fs::read(dir.path().join(format!("{build}.{what}"))).unwrap();
+            assert!(read("memfile") == page(77));
+            let zeroed = memory.header.mappings().iter().find(|m| m.build.is_nil()).unwrap();
+            assert_eq!((zeroed.offset, zeroed.len), (3 * PAGE, PAGE));
+            assert_eq!((memory.stored, disk.stored), (PAGE, PAGE));
+            assert_eq!(Lineage::of(&memory.header).builds.iter().map(|(_, n)| n).sum::<u64>(), 15 * PAGE);
+            // What was written after it was frozen is not in it.
+            assert!(read("rootfs") == page(6));
+            overlay.write_at(PAGE, Bytes::from(page(6))).await.unwrap();
+        }
+    }
+}
