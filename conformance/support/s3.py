@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from .daemon import REPO, wait_for
 
-SERVER = REPO / "target/x86_64-unknown-linux-gnu/release/examples/s3_server"
+# `make conformance` builds it.
+SERVER = Path(
+    os.environ.get("NIDUS_S3_SERVER", REPO / "target/x86_64-unknown-linux-gnu/release/examples/s3_server")
+)
 BUCKET = "nidus"
 
 
