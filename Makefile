@@ -3,10 +3,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BUILT := target/x86_64-unknown-linux-gnu/release
 
-.PHONY: help setup build demo test lint unit testbed testbed-crates conformance bench clean
+.PHONY: help setup build s3-server demo test lint unit testbed testbed-crates conformance bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing, from the system's packages
 	@scripts/setup.sh
@@ -26,13 +26,16 @@ lint: ## formatting and clippy, warnings are errors
 unit: ## the crates' own tests
 	cargo test --release --workspace
 
-testbed: build ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
+s3-server: ## build the S3 server that tests keep builds in
+	cargo build --release -p nidus-storage --example s3_server
+
+testbed: build s3-server ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
 	$(BUILT)/testbed test --workspace --timeout 7200 --junit target/testbed.xml
 
 testbed-crates: build ## those of the crates alone
 	$(BUILT)/testbed test --workspace --only kvm --only nbd --only memory --only vmm --only firecracker
 
-conformance: build ## the official SDKs and a daemon under stress, on real VMs
+conformance: build s3-server ## the official SDKs and a daemon under stress, on real VMs
 	@conformance/run.sh
 
 test: setup lint unit testbed-crates conformance ## set up, then all tests

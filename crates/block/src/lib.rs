@@ -20,6 +20,7 @@ mod layers;
 mod mapped;
 pub mod nbd;
 mod overlay;
+mod source;
 pub mod ublk;
 
 pub use bitmap::DirtyBlocks;

@@ -1,47 +1,47 @@
-//! A device whose header says which build's file stores which range of it.
+//! A device whose header says which build stores which range of it.
 //!
 //! A header maps all of the device (see [`crate::header`]), so a read looks up its own pieces and
 //! nothing else: how many builds lie between this one and its base does not matter.
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range};
 
 use async_trait::async_trait;
-use nidus_storage::{ArtifactFile, BuildId, StorageError};
+use nidus_storage::{BuildArtifact, BuildId, StorageError};
 
 use crate::{
     BlockError, ReadDevice,
-    checked::CheckedFile,
     device::check_range,
     file::{INLINE_MAX, blocking},
     header::{Header, Mapping},
+    source::Source,
 };
 
-/// A read-only device made of ranges of builds' files and of zeros. What is read is checked.
+/// A read-only device made of ranges of builds' artifacts and of zeros. What is read is checked.
 #[derive(Debug)]
 pub struct MappedDevice {
     header: Header,
-    files: HashMap<BuildId, Arc<CheckedFile>>,
+    sources: HashMap<BuildId, Source>,
 }
 
 impl MappedDevice {
-    /// Opens, by `open`, the file of every build that the header names, and checks that it is as
-    /// long as the header needs.
+    /// Opens, by `open`, the artifact of every build that the header names, and checks that it is as
+    /// long as the header needs. `open` runs on a thread that may block.
     ///
-    /// Fails with [`BlockError::Truncated`] where a file is too short.
-    pub async fn open(
+    /// Fails with [`BlockError::Truncated`] where one is too short.
+    pub async fn open<A: Into<BuildArtifact>>(
         header: Header,
-        open: impl Fn(BuildId) -> Result<ArtifactFile, StorageError> + Send + 'static,
+        open: impl Fn(BuildId) -> Result<A, StorageError> + Send + 'static,
     ) -> Result<Self, BlockError> {
         blocking(move || {
-            let mut files = HashMap::new();
+            let mut sources = HashMap::new();
             for (build, len) in needed(&header) {
-                let file = open(build)?;
-                if file.size() < len {
-                    return Err(BlockError::Truncated { path: file.path().to_owned(), offset: file.size() });
+                let artifact = open(build)?.into();
+                if artifact.size() < len {
+                    return Err(BlockError::Truncated { path: artifact.location(), offset: artifact.size() });
                 }
-                files.insert(build, Arc::new(CheckedFile::new(file)));
+                sources.insert(build, artifact.into());
             }
-            Ok(Self { header, files })
+            Ok(Self { header, sources })
         })
         .await
     }
@@ -56,20 +56,31 @@ impl MappedDevice {
         self.header.extents(range).all(|m| m.build.is_nil())
     }
 
-    /// The builds whose files it reads, in no order.
+    /// The builds whose artifacts it reads, in no order.
     pub fn builds(&self) -> impl Iterator<Item = BuildId> + '_ {
-        self.files.keys().copied()
+        self.sources.keys().copied()
     }
 
-    /// Fills `buf` from `offset` on this thread, which may have to wait for the disk.
+    /// Gives the object store the order in which this device's artifacts there were read so far,
+    /// for those that open them later. Does nothing for those that have one.
+    pub async fn save_read_order(&self) -> Result<(), BlockError> {
+        for source in self.sources.values() {
+            if let Source::Remote { artifact, .. } = source {
+                artifact.save_recording().await.map_err(StorageError::from)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` from `offset` on this thread, which may have to wait for the disk or the network.
     pub fn read_blocking(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         check_range(offset, buf.len() as u64, self.header.size())?;
-        self.pieces(offset, buf, |file, at, part| file.read_blocking(at, part).map(|()| true)).map(drop)
+        self.pieces(offset, buf, |source, at, part| source.read_blocking(at, part).map(|()| true)).map(drop)
     }
 
-    fn file(&self, mapping: &Mapping) -> Result<&Arc<CheckedFile>, BlockError> {
+    fn source(&self, mapping: &Mapping) -> Result<&Source, BlockError> {
         // All of them were opened with the header.
-        self.files.get(&mapping.build).ok_or(BlockError::OutOfRange {
+        self.sources.get(&mapping.build).ok_or(BlockError::OutOfRange {
             offset: mapping.offset,
             len: mapping.len,
             size: self.header.size(),
@@ -81,13 +92,13 @@ impl MappedDevice {
         &self,
         offset: u64,
         buf: &mut [u8],
-        read: impl Fn(&CheckedFile, u64, &mut [u8]) -> Result<bool, BlockError>,
+        read: impl Fn(&Source, u64, &mut [u8]) -> Result<bool, BlockError>,
     ) -> Result<bool, BlockError> {
         for m in self.header.extents(offset..offset + buf.len() as u64) {
             let part = &mut buf[(m.offset - offset) as usize..][..m.len as usize];
             if m.build.is_nil() {
                 part.fill(0);
-            } else if !read(self.file(&m)?, m.build_offset, part)? {
+            } else if !read(self.source(&m)?, m.build_offset, part)? {
                 return Ok(false);
             }
         }
@@ -116,7 +127,7 @@ impl ReadDevice for MappedDevice {
         if buf.len() > INLINE_MAX {
             return Ok(false);
         }
-        self.pieces(offset, buf, CheckedFile::try_read)
+        self.pieces(offset, buf, Source::try_read)
     }
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
@@ -126,7 +137,7 @@ impl ReadDevice for MappedDevice {
             if m.build.is_nil() {
                 part.fill(0);
             } else {
-                self.file(&m)?.read(m.build_offset, part).await?;
+                self.source(&m)?.read(m.build_offset, part).await?;
             }
         }
         Ok(())

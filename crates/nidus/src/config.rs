@@ -34,6 +34,13 @@ pub struct Config {
     pub node_addr: SocketAddr,
     /// Everything that is kept.
     pub data_dir: PathBuf,
+    /// The object store that builds are kept in beside the data directory: `s3://BUCKET/PREFIX`,
+    /// `gs://BUCKET/PREFIX` or `file:///DIRECTORY`. Keys, region and endpoint are those of the
+    /// provider's own tools: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and so on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage: Option<String>,
+    /// Room on the disk for what was read from the object store, in MiB.
+    pub storage_cache_mb: u64,
     /// Domain of sandboxes' host names, when there is one with a wildcard that leads to the proxy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
@@ -129,6 +136,8 @@ impl Default for Config {
             proxy_addr: local(5007),
             node_addr: local(5008),
             data_dir: PathBuf::from("/var/lib/nidus"),
+            storage: None,
+            storage_cache_mb: 10 << 10,
             domain: None,
             node_id: None,
             node_labels: Vec::new(),
@@ -189,6 +198,7 @@ impl Config {
         // These are read elsewhere; Nidus's own tests and tools may add more of their own.
         let known: Vec<String> = match serde_json::to_value(Self {
             domain: Some(String::new()),
+            storage: Some(String::new()),
             node_id: Some(String::new()),
             firecracker: Some(PathBuf::new()),
             firecracker_version: Some(String::new()),

@@ -1,5 +1,6 @@
 //! The `nidus` command: reads the configuration, wires the parts, speaks to people.
 
+mod builds;
 mod client;
 mod command;
 mod config;

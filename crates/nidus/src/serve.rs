@@ -11,7 +11,6 @@ use nidus_network::{NetworkConfig, Pool, TapMode};
 use nidus_orchestrator::{Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, ProxyConfig};
 use nidus_sandbox::{Factory, FactoryConfig};
-use nidus_storage::LocalStore;
 use nidus_telemetry::{Fanout, LogSink, RunningSink, Sink};
 use nidus_template::{BuildConfig, Builder, VmHost};
 use nidus_vmm::DriverId;
@@ -20,6 +19,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::builds::NodeBuilds;
 use crate::client::database;
 use crate::config::{Config, VmmChoice};
 use crate::driver::{self, Probes};
@@ -107,6 +107,7 @@ fn watch_signals(stop: CancellationToken) -> anyhow::Result<()> {
 struct Parts {
     _run: RunDir,
     _range: SlotRange,
+    stored: NodeBuilds,
     cgroups: CgroupRoot,
     network: Arc<Pool>,
     host: Arc<VmHost>,
@@ -158,9 +159,8 @@ impl Parts {
         for event in &lost {
             events.emit(event);
         }
-        let store_dir = dir.join("storage");
-        let store = Arc::new(tokio::task::spawn_blocking(move || LocalStore::open(store_dir)).await??);
-        let staged = store.reclaim().await?;
+        let stored = NodeBuilds::open(config).await?;
+        let store = stored.builds.clone();
         let build = BuildConfig {
             kernels: dir.join("kernels"),
             work: dir.join("build"),
@@ -168,9 +168,6 @@ impl Parts {
             guest_init: guest_init.clone(),
         };
         Builder::reclaim(&build)?;
-        if staged > 0 {
-            tracing::warn!(staged, "removed builds that were never finished");
-        }
         let kernel = nidus_template::ensure_kernel(&build.kernels, stop, |l| tracing::info!("{l}")).await?;
         let cgroups = CgroupRoot::new(&range.name('-'))?;
         let probes = Probes { config, kernel: &kernel, guest_init: &guest_init };
@@ -221,7 +218,18 @@ impl Parts {
             data_dir: dir.clone(),
         };
         let node = Node::new(node, factory.clone(), builder, catalog.clone(), Arc::new(events));
-        Ok(Self { _run: run, _range: range, cgroups, network, host, factory, node, catalog, made_with })
+        Ok(Self {
+            _run: run,
+            _range: range,
+            stored,
+            cgroups,
+            network,
+            host,
+            factory,
+            node,
+            catalog,
+            made_with,
+        })
     }
 
     /// Serves until `stop`, or until the base template cannot be had.
@@ -319,13 +327,15 @@ impl Parts {
 
     /// Everything back, last first.
     async fn release(self) {
-        let Self { _run, _range, cgroups, network, host, factory, node, catalog, made_with: _ } = self;
+        let Self { _run, _range, stored, cgroups, network, host, factory, node, catalog, made_with: _ } =
+            self;
         drop((node, catalog));
         factory.shutdown().await;
         drop(factory);
         host.shutdown().await;
         network.shutdown().await;
         cgroups.remove();
+        stored.release().await;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use nidus_storage::{Artifact, BuildId, LocalStore};
+use nidus_storage::{Artifact, BuildId};
 use nidus_template::{BuildLog, BuildRequest, Builder, Level, TemplateMetadata};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -33,13 +33,13 @@ pub(crate) struct Build {
 /// All builds of a node. They run one at a time: each needs a processor for itself.
 pub(crate) struct Builds {
     builder: Arc<Builder>,
-    store: Arc<LocalStore>,
+    store: Arc<nidus_storage::Builds>,
     all: Mutex<HashMap<BuildId, Arc<Build>>>,
     turn: Arc<Semaphore>,
 }
 
 impl Builds {
-    pub fn new(builder: Arc<Builder>, store: Arc<LocalStore>) -> Self {
+    pub fn new(builder: Arc<Builder>, store: Arc<nidus_storage::Builds>) -> Self {
         Self { builder, store, all: Default::default(), turn: Arc::new(Semaphore::new(1)) }
     }
 

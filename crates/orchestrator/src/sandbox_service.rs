@@ -277,7 +277,8 @@ impl SandboxService for Sandboxes {
         &self,
         _: Request<()>,
     ) -> Result<Response<SandboxListCachedBuildsResponse>, Status> {
-        let builds = self.0.factory.store().list().await.map_err(|e| Status::internal(e.to_string()))?;
+        let builds =
+            self.0.factory.store().local().list().await.map_err(|e| Status::internal(e.to_string()))?;
         // Builds in the local store stay until they are deleted: no expiration time.
         let builds = builds
             .iter()

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use nidus_block::{Diff, MappedDevice, compact, wants_compaction};
-use nidus_storage::{Artifact, BuildId, LocalStore, StagedBuild, StorageError};
+use nidus_storage::{Artifact, BuildId, Builds, StagedBuild, StorageError};
 use tokio::sync::{RwLock, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -20,7 +20,7 @@ use crate::template::mapped;
 /// What compaction works with.
 pub struct Compactor {
     /// Where the builds are.
-    pub store: Arc<LocalStore>,
+    pub store: Arc<Builds>,
     /// Those that are in use.
     pub opened: Arc<Opened>,
     /// Held exclusively while a build takes its own place.
@@ -93,7 +93,7 @@ async fn in_background<T: Send + 'static>(
 
 /// A build that is written again.
 struct Work {
-    store: Arc<LocalStore>,
+    store: Arc<Builds>,
     build: BuildId,
     devices: Vec<(Arc<MappedDevice>, Artifact, Artifact)>,
     stop: CancellationToken,
@@ -126,7 +126,7 @@ impl Work {
         let path = staged.path(artifact);
         let file = File::options().read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(|e| StorageError::io("create", &path, e))?;
-        self.store.open_artifact(self.build, artifact)?.copy_to(&file, &path)?;
+        self.store.local().open_artifact(self.build, artifact)?.copy_to(&file, &path)?;
         Ok(file)
     }
 }
@@ -142,7 +142,7 @@ mod tests {
     const BLOCK: u64 = 4096;
 
     /// A line of builds, each of which stores one block of its own.
-    async fn line(store: &LocalStore, count: u64) -> Header {
+    async fn line(store: &Builds, count: u64) -> Header {
         let base = BuildId::random();
         let mut header = Header::identity(base, (count + 1) * BLOCK, BLOCK).unwrap();
         for n in 0..=count {
@@ -166,12 +166,12 @@ mod tests {
         header
     }
 
-    fn compactor(store: &Arc<LocalStore>) -> Compactor {
+    fn compactor(store: &Arc<Builds>) -> Compactor {
         let (opened, removals, stop) = Default::default();
         Compactor { store: store.clone(), opened, removals, stop }
     }
 
-    async fn blocks(store: &LocalStore, build: BuildId) -> (Vec<u8>, Vec<BuildId>) {
+    async fn blocks(store: &Builds, build: BuildId) -> (Vec<u8>, Vec<BuildId>) {
         let device = mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader).await.unwrap();
         let mut bytes = vec![0; device.header().size() as usize];
         device.read_blocking(0, &mut bytes).unwrap();
@@ -182,7 +182,7 @@ mod tests {
     #[tokio::test]
     async fn a_long_line_reads_from_two_builds_afterwards() {
         let dir = tempfile::TempDir::new().unwrap();
-        let store = Arc::new(LocalStore::open(dir.path()).unwrap());
+        let store = Arc::new(Builds::open(dir.path()).unwrap());
         let header = line(&store, 12).await;
         let (build, base) = (header.build(), header.base());
         let before = blocks(&store, build).await;
@@ -198,17 +198,17 @@ mod tests {
     #[tokio::test]
     async fn damage_is_not_made_good_and_a_stop_leaves_all_as_it_was() {
         let dir = tempfile::TempDir::new().unwrap();
-        let store = Arc::new(LocalStore::open(dir.path()).unwrap());
+        let store = Arc::new(Builds::open(dir.path()).unwrap());
         let header = line(&store, 12).await;
         let build = header.build();
         let stopped = compactor(&store);
         stopped.stop.cancel();
         assert_eq!(stopped.compact(build).await.unwrap(), None);
-        let path = store.path(build, Artifact::Rootfs);
+        let path = store.local().path(build, Artifact::Rootfs);
         std::fs::File::options().write(true).open(path).unwrap().write_at(&[77], 9).unwrap();
         let error = compactor(&store).compact(build).await.unwrap_err();
         assert!(error.is_damage(), "{error}");
         assert_eq!(blocks(&store, build).await.1.len(), 13);
-        assert!(std::fs::read_dir(store.root().join(".staging")).unwrap().next().is_none());
+        assert!(std::fs::read_dir(store.local().root().join(".staging")).unwrap().next().is_none());
     }
 }

@@ -10,7 +10,7 @@ use base64::Engine;
 use chrono::Utc;
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
 use nidus_memfs::MemFs;
-use nidus_storage::{BuildId, LocalStore};
+use nidus_storage::{BuildId, Builds};
 use nidus_template::{GuestState, TemplateMetadata, VmHost};
 use nidus_vmm::MemoryDoor;
 use parking_lot::Mutex;
@@ -70,7 +70,7 @@ pub struct Factory {
 
 struct Inner {
     config: FactoryConfig,
-    store: Arc<LocalStore>,
+    store: Arc<Builds>,
     host: Arc<VmHost>,
     /// Where VMMs that map their memory find it.
     memfs: Option<Arc<MemFs>>,
@@ -94,11 +94,7 @@ impl Factory {
     ///
     /// # Errors
     /// When the overlay directory cannot be made or emptied.
-    pub fn start(
-        config: FactoryConfig,
-        store: Arc<LocalStore>,
-        host: Arc<VmHost>,
-    ) -> Result<Self, CreateError> {
+    pub fn start(config: FactoryConfig, store: Arc<Builds>, host: Arc<VmHost>) -> Result<Self, CreateError> {
         let dir = &config.overlays;
         std::fs::create_dir_all(dir).map_err(|e| CreateError::io(format!("make {}", dir.display()), e))?;
         for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -174,7 +170,7 @@ impl Factory {
     }
 
     /// The storage that builds are read from.
-    pub fn store(&self) -> &Arc<LocalStore> {
+    pub fn store(&self) -> &Arc<Builds> {
         &self.inner.store
     }
 
@@ -369,7 +365,7 @@ impl Sandbox {
         &mut self.machine
     }
 
-    pub(crate) fn store(&self) -> &LocalStore {
+    pub(crate) fn store(&self) -> &Builds {
         &self.inner.store
     }
 
@@ -436,11 +432,17 @@ impl Sandbox {
 
     /// Ends it and releases everything, in reverse order.
     pub async fn kill(self) -> Result<(), KillError> {
-        let Self { machine, inner, in_use, .. } = self;
+        let Self { spec, machine, inner, in_use } = self;
         // A task of its own, so that it goes to its end when the caller goes away.
         let task = tokio::spawn(async move {
+            // For those to come, of which a paused sandbox has none.
+            let template = (!spec.snapshot).then(|| machine.template().clone());
             let destroyed = machine.destroy(&inner.host.network).await;
             drop(in_use);
+            if let Some(template) = template {
+                // Nobody waits for the object store.
+                tokio::spawn(async move { template.save_read_order().await });
+            }
             destroyed
         });
         task.await.unwrap_or_else(|e| {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use nidus_block::header::Header;
-use nidus_storage::{Artifact, BuildId, LocalStore, StorageError};
+use nidus_storage::{Artifact, BuildId, Builds, StorageError};
 use parking_lot::Mutex;
 
 use crate::Factory;
@@ -90,22 +90,34 @@ impl Factory {
 
 /// The published builds, other than itself, whose headers name `build`: without its files they
 /// could not be resumed.
-async fn builds_that_read(store: &LocalStore, build: BuildId) -> Result<Vec<BuildId>, StorageError> {
-    let others: Vec<BuildId> = store.list().await?.into_iter().filter(|b| *b != build).collect();
-    let store = store.clone();
-    let find = move || others.into_iter().filter(|other| reads(&store, *other, build)).collect();
-    let shutdown = |_| StorageError::Shutdown { action: "look through the builds" };
-    tokio::task::spawn_blocking(find).await.map_err(shutdown)
+async fn builds_that_read(store: &Builds, build: BuildId) -> Result<Vec<BuildId>, StorageError> {
+    let mut readers = Vec::new();
+    for other in store.list().await?.into_iter().filter(|b| *b != build) {
+        for artifact in [Artifact::MemfileHeader, Artifact::RootfsHeader] {
+            if reads(store, other, artifact, build).await? {
+                readers.push(other);
+                break;
+            }
+        }
+    }
+    Ok(readers)
 }
 
-fn reads(store: &LocalStore, other: BuildId, build: BuildId) -> bool {
-    [Artifact::MemfileHeader, Artifact::RootfsHeader].into_iter().any(|artifact| {
+async fn reads(
+    store: &Builds,
+    other: BuildId,
+    header: Artifact,
+    build: BuildId,
+) -> Result<bool, StorageError> {
+    let text = match store.read(other, header).await {
+        Ok(text) => text,
         // One that cannot be read is of no use to its build either.
-        let text = std::fs::read(store.path(other, artifact)).unwrap_or_default();
-        let header = Header::parse(&text);
-        // The base counts even if no byte of it is left: whatever is made from this build names it too.
-        header.is_ok_and(|h| h.base() == build || h.mappings().iter().any(|m| m.build == build))
-    })
+        Err(e) if e.is_damage() || matches!(e, StorageError::NotFound(_)) => return Ok(false),
+        Err(e) => return Err(e),
+    };
+    // The base counts even if no byte of it is left: whatever is made from this build names it too.
+    let header = Header::parse(&text);
+    Ok(header.is_ok_and(|h| h.base() == build || h.mappings().iter().any(|m| m.build == build)))
 }
 
 #[cfg(test)]
@@ -130,7 +142,7 @@ mod tests {
     #[tokio::test]
     async fn a_build_is_needed_by_its_children() {
         let dir = tempfile::TempDir::new().unwrap();
-        let store = LocalStore::open(dir.path()).unwrap();
+        let store = Builds::open(dir.path()).unwrap();
         let [base, child, alone] = [(); 3].map(|()| BuildId::random());
         let identity = |b| Header::identity(b, 8192, 4096).unwrap();
         let stored = Mapping { offset: 0, len: 8192, build: child, build_offset: 0 };

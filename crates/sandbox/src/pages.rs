@@ -9,6 +9,7 @@ use nidus_block::{BlockError, MappedDevice, ReadDevice};
 use nidus_memfs::Content;
 use nidus_memory::uffd::{self, Cached, Fetched, Origin, PageSource, SourceError};
 use nidus_memory::{Memfile, PageSize};
+use nidus_storage::StorageError;
 
 use crate::SaveError;
 
@@ -71,6 +72,9 @@ impl PageSource for BuildPages {
         let mut bytes = vec![0; len];
         self.memory.read_at(at, &mut bytes).await.map_err(|e| match e {
             BlockError::Io { source, .. } => SourceError::Read(source),
+            BlockError::Storage(StorageError::Remote(e)) if e.is_passing() => {
+                SourceError::Read(std::io::Error::other(e))
+            }
             e => SourceError::Permanent(Box::new(e)),
         })?;
         let bytes = if is_zero(&bytes) { uffd::Content::Zero } else { uffd::Content::Bytes(bytes.into()) };

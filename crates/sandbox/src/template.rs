@@ -9,7 +9,7 @@ use nidus_block::{MappedDevice, ReadDevice};
 use nidus_memfs::{MemFs, ServedFile};
 use nidus_memory::PageSize;
 use nidus_memory::uffd::{PageSource, Recording};
-use nidus_storage::{Artifact, BuildId, LocalStore};
+use nidus_storage::{Artifact, BuildId, Builds};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::DriverId;
 
@@ -30,7 +30,7 @@ pub struct OpenTemplate {
     pub(crate) memory: Arc<MappedDevice>,
     /// The memory as a file, for VMMs that map one.
     memfile: Option<ServedFile>,
-    store: LocalStore,
+    store: Builds,
     /// What the first sandbox needed of it until envd answered.
     recording: OnceLock<Recording>,
 }
@@ -39,7 +39,7 @@ impl OpenTemplate {
     /// Opens and checks a build: complete, made by this VMM, sizes as the metadata says. Its memory
     /// becomes a file of `memfs`, if there is one.
     pub async fn open(
-        store: &LocalStore,
+        store: &Builds,
         build: BuildId,
         here: &DriverId,
         memfs: Option<Arc<MemFs>>,
@@ -104,16 +104,26 @@ impl OpenTemplate {
         self.recording.get_or_init(recording);
     }
 
+    /// Gives the object store the order in which a sandbox read memory and disk, if they are there
+    /// and nobody did so before: the next one that opens the build has them sooner.
+    pub(crate) async fn save_read_order(&self) {
+        for device in [&self.memory, &self.disk] {
+            if let Err(e) = device.save_read_order().await {
+                tracing::warn!(build = %self.metadata.build_id, "an order of reads is lost: {e}");
+            }
+        }
+    }
+
     /// The device state, read-only and checked.
     pub async fn open_snapfile(&self) -> Result<File, CreateError> {
         let (store, build) = (self.store.clone(), self.metadata.build_id);
-        blocking(move || store.open_artifact(build, Artifact::Snapfile)?.into_checked()).await
+        blocking(move || store.open_file(build, Artifact::Snapfile)).await
     }
 }
 
 /// The device that a build's header describes.
 pub(crate) async fn mapped(
-    store: &LocalStore,
+    store: &Builds,
     build: BuildId,
     artifact: Artifact,
     header: Artifact,

@@ -84,12 +84,20 @@ impl StorageError {
 
     /// Whether the build cannot be used as it is, now or later.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Damaged(_) | Self::Unchecked(_))
+        match self {
+            Self::Damaged(_) | Self::Unchecked(_) => true,
+            Self::Remote(e) => e.is_damage(),
+            _ => false,
+        }
     }
 
     /// Whether the cause is a full disk.
     pub fn is_disk_full(&self) -> bool {
-        matches!(self, Self::DiskFull { .. })
+        match self {
+            Self::DiskFull { .. } => true,
+            Self::Remote(RemoteError::Local(e)) => e.is_disk_full(),
+            _ => false,
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //! fetched when they are read and kept in a [`FrameCache`].
 
 mod artifact;
+mod builds;
 mod cache;
 mod checked;
 mod checksums;
@@ -18,6 +19,7 @@ mod publish;
 pub mod remote;
 
 pub use artifact::{Artifact, BuildId, InvalidBuildId};
+pub use builds::{BuildArtifact, Builds};
 pub use cache::{BuildPin, FrameCache};
 pub use checked::ArtifactFile;
 pub use checksums::CHECKED_BLOCK;

@@ -95,6 +95,20 @@ impl LocalStore {
         .await
     }
 
+    /// The published builds, those that were published first at the front.
+    pub(crate) async fn list_by_age(&self) -> Result<Vec<BuildId>, StorageError> {
+        let (store, builds) = (self.clone(), self.list().await?);
+        blocking("list the builds", move || {
+            // One that is removed meanwhile has no age any more.
+            let age =
+                |b: &BuildId| fs::metadata(store.path(*b, Artifact::Metadata)).and_then(|m| m.modified());
+            let mut builds: Vec<_> = builds.into_iter().filter_map(|b| Some((age(&b).ok()?, b))).collect();
+            builds.sort_unstable();
+            Ok(builds.into_iter().map(|(_, b)| b).collect())
+        })
+        .await
+    }
+
     /// Opens an artifact of a published build for reading. Blocks.
     ///
     /// Fails with [`StorageError::NotFound`] if there is no such build, with

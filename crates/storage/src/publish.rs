@@ -19,6 +19,7 @@ use crate::{
     Artifact, BuildId, StorageError,
     checksums::{Checksums, Sums},
     error::blocking,
+    remote::{RemoteTask, Uploader},
 };
 
 /// A build that is being written. Dropping it without [`StagedBuild::commit`] removes what was
@@ -29,11 +30,19 @@ pub struct StagedBuild {
     dir: PathBuf,
     target: PathBuf,
     published: bool,
+    /// Told when it is published.
+    uploader: Option<Uploader>,
 }
 
 impl StagedBuild {
     pub(crate) fn new(build: BuildId, dir: PathBuf, target: PathBuf) -> Self {
-        Self { build, dir, target, published: false }
+        Self { build, dir, target, published: false, uploader: None }
+    }
+
+    /// Has the build queued for the object store when it is published.
+    pub(crate) fn then_upload(mut self, uploader: Uploader) -> Self {
+        self.uploader = Some(uploader);
+        self
     }
 
     /// The build's id.
@@ -90,7 +99,9 @@ impl StagedBuild {
             Err(Errno::EEXIST | Errno::ENOTEMPTY) => return Err(StorageError::AlreadyExists(self.build)),
             Err(e) => return Err(StorageError::io("publish", &self.target, e.into())),
         }
-        self.sync_root()
+        self.sync_root()?;
+        self.queue(RemoteTask::Upload);
+        Ok(())
     }
 
     /// Puts the build in the place of the published one with its id, at once for everyone, while
@@ -105,7 +116,16 @@ impl StagedBuild {
         }
         drop(held);
         // What was published is in the staging directory now, and goes with it.
-        self.sync_root()
+        self.sync_root()?;
+        self.queue(RemoteTask::Again);
+        Ok(())
+    }
+
+    /// The build is published whether or not this succeeds.
+    fn queue(&self, task: RemoteTask) {
+        if let Some(Err(error)) = self.uploader.as_ref().map(|u| u.add_blocking(self.build, task)) {
+            warn!(build = %self.build, %error, "a build cannot be queued for the object store; the next start will");
+        }
     }
 
     /// Makes all that was written durable and adds the sums.

@@ -8,7 +8,7 @@ use std::{collections::HashSet, process::Command, time::Duration};
 
 use nidus_storage::{
     Artifact, LocalStore,
-    remote::{RemoteOptions, RemoteStore, Sweep, UploadOptions, UploadQueue},
+    remote::{RemoteOptions, RemoteQueue, RemoteStore, RemoteTask, Sweep, UploadOptions},
 };
 use rand::RngExt;
 use support::Local;
@@ -27,11 +27,11 @@ fn remote(dir: &std::path::Path) -> RemoteStore {
 #[ignore = "the child process of the other test"]
 async fn child() {
     let dir = std::path::PathBuf::from(std::env::var_os(DIRECTORY).expect("started by the other test"));
-    let queue = UploadQueue::open(dir.join("uploads")).unwrap();
+    let queue = RemoteQueue::open(dir.join("uploads")).unwrap();
     let store = LocalStore::open(dir.join("builds")).unwrap();
-    for build in queue.list().await.unwrap() {
+    for (build, task) in queue.list().unwrap() {
         remote(&dir).upload(&store, build, OPTIONS).await.unwrap();
-        queue.remove(build).await.unwrap();
+        queue.done(build, task).unwrap();
     }
 }
 
@@ -41,8 +41,8 @@ async fn a_killed_upload_is_invisible_and_resumed_by_the_next_process() {
     let noise: Vec<u8> = (0..12 << 20).map(|_| rng.random()).collect();
     let local = Local::with(&[(Artifact::Memfile, noise)]).await;
     let dir = local.dir.path();
-    let (remote, queue) = (remote(dir), UploadQueue::open(dir.join("uploads")).unwrap());
-    queue.add(local.build).await.unwrap();
+    let (remote, queue) = (remote(dir), RemoteQueue::open(dir.join("uploads")).unwrap());
+    queue.add(local.build, RemoteTask::Upload).unwrap();
     let child = || {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "child", "--ignored", "--quiet"]).env(DIRECTORY, dir);
@@ -59,12 +59,12 @@ async fn a_killed_upload_is_invisible_and_resumed_by_the_next_process() {
         } else {
             invisible += 1;
             assert_eq!(remote.list().await.unwrap(), []);
-            assert_eq!(queue.list().await.unwrap(), [local.build]);
+            assert_eq!(queue.list().unwrap(), [(local.build, RemoteTask::Upload)]);
         }
     }
     println!("{invisible} of 12 uploads died before their end");
     assert!(child().wait().unwrap().success());
-    assert_eq!(queue.list().await.unwrap(), []);
+    assert_eq!(queue.list().unwrap(), []);
     local.assert_whole(&remote).await;
     let all = Sweep { older_than: Duration::ZERO, keep: HashSet::new(), dry_run: false };
     remote.sweep(&all).await.unwrap();

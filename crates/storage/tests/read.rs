@@ -102,7 +102,8 @@ proptest! {
             }
             let path = remote.local.dir.path().join("whole");
             let build = reader.open(remote.local.build).await.unwrap();
-            build.download(Artifact::Memfile, &path).await.unwrap();
+            let file = Arc::new(fs::File::create_new(&path).unwrap());
+            build.copy_to(Artifact::Memfile, &file, &path).await.unwrap();
             assert!(fs::read(&path).unwrap() == remote.bytes);
             assert!(reader.cache().used() <= limit);
             let past = source.read_at(len as u64, &mut [0]).await.unwrap_err();
@@ -248,14 +249,18 @@ async fn a_recorded_order_is_read_ahead_in_bounds() {
         remote.check(&first, frame * FRAME + 5, 10).await;
     }
     assert_eq!(first.recording().frames(), [7, 3, 15]);
-    store.put_order(remote.local.build, Artifact::Memfile, &first.recording()).await.unwrap();
+    first.save_recording().await.unwrap();
+    // The first one stays.
+    remote.check(&first, 0, 10).await;
+    first.save_recording().await.unwrap();
 
     let reader = remote.local.reader(&store, "second", 1 << 30);
     let source = remote.open(&reader).await;
     let order = store.order(remote.local.build, Artifact::Memfile).await.unwrap().unwrap();
+    assert_eq!(order.frames(), [7, 3, 15]);
     source.read_ahead(&order, 2 * FRAME as u64).done().await;
     assert_eq!(reader.stats().fetched, 2, "no more than the limit");
-    source.read_ahead(&order, u64::MAX).done().await;
+    source.read_ahead_as_recorded(u64::MAX).done().await;
     assert_eq!(reader.stats().fetched, 3, "what is there is not fetched again");
     assert!(source.recording().frames().is_empty(), "reading ahead is no use");
     for frame in [7, 3, 15] {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use nidus_storage::{Artifact, BuildId, LocalStore, StagedBuild};
+use nidus_storage::{Artifact, BuildId, Builds, StagedBuild};
 use nidus_vmm::VmmError;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -189,7 +189,7 @@ impl BuildError {
 /// Builds templates on this node.
 pub struct Builder {
     config: BuildConfig,
-    store: Arc<LocalStore>,
+    store: Arc<Builds>,
     host: Arc<VmHost>,
 }
 
@@ -213,7 +213,7 @@ const READY_LIMIT: Duration = Duration::from_secs(180);
 
 impl Builder {
     /// A builder over this node's parts.
-    pub fn new(config: BuildConfig, store: Arc<LocalStore>, host: Arc<VmHost>) -> Self {
+    pub fn new(config: BuildConfig, store: Arc<Builds>, host: Arc<VmHost>) -> Self {
         Self { config, store, host }
     }
 

@@ -65,6 +65,13 @@ impl<K: Ord + Copy, V> Lru<K, V> {
         Some(entry.value)
     }
 
+    pub fn remove_all(&mut self, range: RangeInclusive<K>) {
+        let keys: Vec<K> = self.keys(range).collect();
+        for key in keys {
+            self.remove(&key);
+        }
+    }
+
     /// Takes out the entry that was used longest ago; `None` if all that are left are held.
     pub fn evict(&mut self) -> Option<(K, V)> {
         let (_, key) = self.order.pop_first()?;

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     fs, io,
     ops::RangeInclusive,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -41,7 +41,7 @@ pub(crate) struct FrameKey {
 
 impl FrameKey {
     /// All keys of a build.
-    fn of(build: BuildId) -> RangeInclusive<Self> {
+    pub fn of(build: BuildId) -> RangeInclusive<Self> {
         let [first, .., last] = Artifact::ALL;
         Self { build, artifact: first, frame: 0 }..=Self { build, artifact: last, frame: u32::MAX }
     }
@@ -87,6 +87,9 @@ impl FrameCache {
         }
         fs::create_dir_all(&temporary)
             .map_err(|e| StorageError::io("create the directory", &temporary, e))?;
+        // What guests had in their memory is nobody else's to read.
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
+            .map_err(|e| StorageError::io("set the mode of", &dir, e))?;
         let mut frames = Lru::new();
         for found in scan(&dir)? {
             frames.insert(found.key, (), found.size, false);

@@ -1,14 +1,19 @@
 //! One artifact of a build in the object store, read at any offset.
 
 use std::{
+    fmt,
     ops::Range,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc,
+    },
 };
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use tokio_util::task::AbortOnDropHandle;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{AccessOrder, FrameMap, RemoteError, RemoteReader, order::Recorder, reader::Need};
 use crate::{Artifact, BuildId, BuildPin, cache::FrameKey};
@@ -31,7 +36,15 @@ struct ArtifactShared {
     artifact: Artifact,
     map: Arc<FrameMap>,
     recorder: Recorder,
+    /// Whether the store has an order, as far as is known here.
+    has_order: AtomicBool,
     _pin: Arc<BuildPin>,
+}
+
+impl fmt::Display for RemoteArtifact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.build(), self.artifact())
+    }
 }
 
 impl RemoteArtifact {
@@ -43,7 +56,9 @@ impl RemoteArtifact {
         pin: Arc<BuildPin>,
     ) -> Self {
         let recorder = Recorder::new(map.count());
-        Self { shared: Arc::new(ArtifactShared { reader, build, artifact, map, recorder, _pin: pin }) }
+        let has_order = AtomicBool::new(false);
+        let shared = ArtifactShared { reader, build, artifact, map, recorder, has_order, _pin: pin };
+        Self { shared: Arc::new(shared) }
     }
 
     /// The build that it is of.
@@ -113,6 +128,13 @@ impl RemoteArtifact {
         Ok(())
     }
 
+    /// All of it. For artifacts that are small.
+    pub async fn read_all(&self) -> Result<Vec<u8>, RemoteError> {
+        let mut bytes = vec![0; self.size() as usize];
+        self.read_at(0, &mut bytes).await?;
+        Ok(bytes)
+    }
+
     /// Fills `buf` from `offset` on this thread, which waits for the store if it must. For threads
     /// of their own: on a runtime's thread it would hold up all that runs there.
     pub fn read_blocking(&self, offset: u64, buf: &mut [u8]) -> Result<(), RemoteError> {
@@ -135,27 +157,53 @@ impl RemoteArtifact {
     /// Begins to fetch frames in this order, those that are not here, up to `limit` bytes of
     /// content. Ends when that is done or when the returned value is dropped.
     pub fn read_ahead(&self, order: &AccessOrder, limit: u64) -> ReadAhead {
-        let most = usize::try_from(limit / u64::from(self.map().frame_size())).unwrap_or(usize::MAX);
-        let frames: Vec<u32> =
-            order.frames().iter().copied().filter(|f| !self.map().is_zero(*f)).take(most).collect();
+        let (artifact, order) = (self.clone(), order.clone());
+        let work = async move { artifact.fetch_ahead(&order, limit).await };
+        ReadAhead(AbortOnDropHandle::new(self.shared.reader.runtime().spawn(work)))
+    }
+
+    /// The same in the order that the store has, if it has one.
+    pub fn read_ahead_as_recorded(&self, limit: u64) -> ReadAhead {
         let artifact = self.clone();
-        let task = self.shared.reader.runtime().spawn(async move {
-            let width = artifact.shared.reader.ahead_width();
-            let fetch = |frame| {
-                let artifact = artifact.clone();
-                async move {
-                    if artifact.shared.reader.cache().contains(&artifact.key(frame)) {
-                        return;
-                    }
-                    // Whoever needs it will be told.
-                    if let Err(error) = artifact.frame(frame, Need::Ahead).await {
-                        debug!(%error, "cannot read ahead");
-                    }
+        let work = async move {
+            let store = artifact.shared.reader.store();
+            match store.order(artifact.build(), artifact.artifact()).await {
+                Ok(Some(order)) => {
+                    artifact.shared.has_order.store(true, Relaxed);
+                    artifact.fetch_ahead(&order, limit).await;
                 }
-            };
-            stream::iter(frames).map(fetch).buffer_unordered(width).collect::<()>().await;
-        });
-        ReadAhead(AbortOnDropHandle::new(task))
+                Ok(None) => {}
+                // A hint alone is lost.
+                Err(error) => warn!(%error, "cannot read ahead"),
+            }
+        };
+        ReadAhead(AbortOnDropHandle::new(self.shared.reader.runtime().spawn(work)))
+    }
+
+    /// Gives the store the order of the reads so far, unless it has one.
+    pub async fn save_recording(&self) -> Result<(), RemoteError> {
+        let order = self.recording();
+        if order.frames().is_empty() || self.shared.has_order.swap(true, Relaxed) {
+            return Ok(());
+        }
+        self.shared.reader.store().put_order(self.build(), self.artifact(), &order).await
+    }
+
+    async fn fetch_ahead(&self, order: &AccessOrder, limit: u64) {
+        let most = usize::try_from(limit / u64::from(self.map().frame_size())).unwrap_or(usize::MAX);
+        let stored = order.frames().iter().copied().filter(|f| !self.map().is_zero(*f));
+        let frames: Vec<u32> = stored.take(most).collect();
+        let fetch = |frame| async move {
+            if self.shared.reader.cache().contains(&self.key(frame)) {
+                return;
+            }
+            // Whoever needs it will be told.
+            if let Err(error) = self.frame(frame, Need::Ahead).await {
+                debug!(%error, "cannot read ahead");
+            }
+        };
+        let width = self.shared.reader.ahead_width();
+        stream::iter(frames).map(fetch).buffer_unordered(width).collect::<()>().await;
     }
 
     /// The order in which frames were first read through this value and its clones.

@@ -8,8 +8,12 @@ use std::{
 };
 
 use object_store::{
-    BackoffConfig, ClientOptions, HeaderValue, ObjectStore, RetryConfig, aws::AmazonS3Builder,
-    gcp::GoogleCloudStorageBuilder, local::LocalFileSystem, path::Path as ObjectPath, prefix::PrefixStore,
+    BackoffConfig, ClientOptions, HeaderValue, ObjectStore, RetryConfig,
+    aws::{AmazonS3Builder, AmazonS3ConfigKey},
+    gcp::GoogleCloudStorageBuilder,
+    local::LocalFileSystem,
+    path::Path as ObjectPath,
+    prefix::PrefixStore,
 };
 use url::Url;
 
@@ -32,7 +36,7 @@ pub struct RemoteOptions {
     pub secret_key: Option<String>,
     /// Whether the bucket is part of the host name instead of the path.
     pub virtual_hosted: Option<bool>,
-    /// Whether plain HTTP is allowed. An `endpoint` given here with `http://` implies it.
+    /// Whether plain HTTP is allowed. An endpoint with `http://` implies it.
     pub allow_http: Option<bool>,
     /// A service account's key file, for `gs://`.
     pub service_account: Option<PathBuf>,
@@ -133,7 +137,12 @@ fn s3(bucket: &str, options: &RemoteOptions) -> object_store::Result<object_stor
         .with_retry(retries())
         .with_client_options(limits());
     if let Some(endpoint) = &options.endpoint {
-        builder = builder.with_endpoint(endpoint).with_allow_http(endpoint.starts_with("http://"));
+        builder = builder.with_endpoint(endpoint);
+    }
+    // Whoever names such an endpoint means it.
+    let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
+    if endpoint.is_some_and(|e| e.starts_with("http://")) {
+        builder = builder.with_allow_http(true);
     }
     if let Some(region) = &options.region {
         builder = builder.with_region(region);

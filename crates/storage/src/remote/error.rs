@@ -194,6 +194,15 @@ impl RemoteError {
         matches!(self, Self::Store { source, .. } if matches!(**source, object_store::Error::NotFound { .. }))
     }
 
+    /// Whether the build cannot be used as it is, now or later.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } | Self::Manifest { .. } | Self::NoArtifact { .. } => true,
+            Self::Local(e) => e.is_damage(),
+            _ => false,
+        }
+    }
+
     /// Whether trying again later may help without anyone having repaired anything.
     pub fn is_passing(&self) -> bool {
         match self {

@@ -268,6 +268,12 @@ impl Manifest {
         self.artifacts.get(&artifact)
     }
 
+    /// About how many bytes of memory it takes.
+    pub(crate) fn memory(&self) -> u64 {
+        let of_map = |m: &FrameMap| size_of_val(m.frames()) + size_of_val(m.objects());
+        256 + self.artifacts.values().map(|m| of_map(m) as u64).sum::<u64>()
+    }
+
     /// The manifest as it is stored.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();

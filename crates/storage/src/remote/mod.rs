@@ -22,6 +22,7 @@ mod queue;
 mod reader;
 mod remove;
 mod upload;
+mod uploader;
 
 use std::{fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
 
@@ -36,10 +37,11 @@ pub use error::RemoteError;
 pub use frame::{Checksum, FrameError};
 pub use manifest::{Frame, FrameMap, Manifest, ManifestError, Object};
 pub use order::{AccessOrder, OrderError};
-pub use queue::UploadQueue;
+pub use queue::{RemoteQueue, RemoteTask};
 pub use reader::{ReaderOptions, ReaderStats, RemoteBuild, RemoteReader};
 pub use remove::{Leftover, Sweep};
 pub use upload::{UploadOptions, Uploaded};
+pub use uploader::Uploader;
 
 use crate::{Artifact, BuildId};
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fs::File,
     os::unix::fs::FileExt,
     path::Path,
     sync::{
@@ -69,6 +70,9 @@ pub(super) enum Need {
     Ahead,
 }
 
+/// The most bytes of manifests that are kept in memory for builds that are opened again.
+const MANIFESTS: u64 = 16 << 20;
+
 type Flight = Shared<BoxFuture<'static, Result<Bytes, RemoteError>>>;
 
 /// Reads builds from an object store through a cache. Clones share everything.
@@ -84,6 +88,7 @@ struct ReaderShared {
     runtime: Handle,
     memory: u64,
     hot: Mutex<Lru<FrameKey, Bytes>>,
+    manifests: Mutex<Lru<BuildId, Arc<Manifest>>>,
     flights: Mutex<HashMap<FrameKey, Flight>>,
     now: Semaphore,
     ahead: Semaphore,
@@ -103,6 +108,7 @@ impl RemoteReader {
             runtime,
             memory: options.memory,
             hot: Mutex::new(Lru::new()),
+            manifests: Mutex::new(Lru::new()),
             flights: Mutex::new(HashMap::new()),
             now: Semaphore::new(options.parallel.max(1)),
             ahead: Semaphore::new(options.ahead.max(1)),
@@ -136,14 +142,32 @@ impl RemoteReader {
         }
     }
 
-    /// Opens a build: fetches its manifest, and keeps its cached frames while the build is open.
+    /// Opens a build: fetches its manifest, unless it was open a while ago, and keeps its cached
+    /// frames while the build is open.
     pub async fn open(&self, build: BuildId) -> Result<RemoteBuild, RemoteError> {
-        let pin = self.shared.cache.pin(build);
-        let manifest = self.shared.store.manifest(build).await?;
-        Ok(RemoteBuild { reader: self.clone(), manifest: Arc::new(manifest), pin: Arc::new(pin) })
+        let pin = Arc::new(self.shared.cache.pin(build));
+        let known = self.shared.manifests.lock().get(&build).cloned();
+        let manifest = match known {
+            Some(manifest) => manifest,
+            None => {
+                let manifest = Arc::new(self.shared.store.manifest(build).await?);
+                let mut manifests = self.shared.manifests.lock();
+                manifests.insert(build, manifest.clone(), manifest.memory(), false);
+                while manifests.used() > MANIFESTS && manifests.evict().is_some() {}
+                manifest
+            }
+        };
+        Ok(RemoteBuild { reader: self.clone(), manifest, pin })
     }
 
-    pub(super) fn runtime(&self) -> &Handle {
+    /// Forgets all that is kept of a build, such as one that was deleted. Blocks on the disk.
+    pub fn forget(&self, build: BuildId) {
+        self.shared.manifests.lock().remove(&build);
+        self.shared.hot.lock().remove_all(FrameKey::of(build));
+        self.shared.cache.forget(build);
+    }
+
+    pub(crate) fn runtime(&self) -> &Handle {
         &self.shared.runtime
     }
 
@@ -212,7 +236,13 @@ impl RemoteReader {
         let semaphore = if need == Need::Now { &self.shared.now } else { &self.shared.ahead };
         // Never closed.
         let _permit = semaphore.acquire().await;
-        match self.fetch(key, frame, len, &path).await? {
+        let first = self.fetch(key, frame, len, &path).await.inspect_err(|e| {
+            // The build was removed, or stored in another way: its manifest is of no use any more.
+            if e.is_absent() {
+                self.shared.manifests.lock().remove(&build);
+            }
+        });
+        match first? {
             Ok(content) => Ok(content),
             Err(first) => {
                 warn!(%build, %artifact, frame = number, %first, "fetching a damaged frame once more");
@@ -305,24 +335,19 @@ impl RemoteBuild {
         Ok(RemoteArtifact::new(self.reader.clone(), build, artifact, map.clone(), self.pin.clone()))
     }
 
-    /// Writes all of an artifact to a new file, with holes where it is zeros. It is not flushed to
-    /// the disk. On failure, a file may be left.
-    pub async fn download(&self, artifact: Artifact, path: impl AsRef<Path>) -> Result<(), RemoteError> {
+    /// Writes all of an artifact to an empty file, with holes where it is zeros. It is not flushed to
+    /// the disk. `path` is for messages.
+    pub async fn copy_to(
+        &self,
+        artifact: Artifact,
+        file: &Arc<File>,
+        path: impl AsRef<Path>,
+    ) -> Result<(), RemoteError> {
         let path = path.as_ref().to_owned();
         let source = self.artifact(artifact)?;
-        let map = source.map();
-        let (size, frame_size) = (map.size(), u64::from(map.frame_size()));
-        let numbers: Vec<u32> = map.frames().iter().map(|f| f.number).collect();
-        let file = off_runtime("create a file", {
-            let path = path.clone();
-            move || {
-                let file = std::fs::File::create_new(&path);
-                file.and_then(|f| f.set_len(size).map(|()| f))
-                    .map_err(|e| StorageError::io("create", path, e))
-            }
-        })
-        .await??;
-        let file = Arc::new(file);
+        let (size, frame_size) = (source.size(), u64::from(source.map().frame_size()));
+        let numbers: Vec<u32> = source.map().frames().iter().map(|f| f.number).collect();
+        file.set_len(size).map_err(|e| StorageError::io("write", &path, e))?;
         let width = self.reader.ahead_width();
         stream::iter(numbers)
             .map(|number| {

@@ -75,6 +75,18 @@ impl RemoteStore {
         if self.exists(build).await? {
             return Ok(Uploaded::default());
         }
+        self.upload_again(local, build, options).await
+    }
+
+    /// Uploads a published build in the place of what the store has of it, if anything: until this
+    /// is done the store has what it had. What the new one does not need of the old is left for a
+    /// sweep, since others may be reading it.
+    pub async fn upload_again(
+        &self,
+        local: &LocalStore,
+        build: BuildId,
+        options: UploadOptions,
+    ) -> Result<Uploaded, RemoteError> {
         let store = local.clone();
         let files = blocking("open a build", move || store.open_build(build)).await?;
         // First of all, so that a sweep sees that someone is at work here.

@@ -191,8 +191,9 @@ fn enough_huge_pages(vm: &str, memory_mb: u32) -> Result<()> {
     let free: u64 = free.trim().parse().unwrap_or(0);
     let needed = u64::from(memory_mb.div_ceil(2));
     if free < needed {
-        let what =
-            format!("give a guest {needed} huge pages of 2 MiB: the host has {free} free, raise vm.nr_hugepages");
+        let what = format!(
+            "give a guest {needed} huge pages of 2 MiB: the host has {free} free, raise vm.nr_hugepages"
+        );
         return Err(unsupported(vm, what));
     }
     Ok(())

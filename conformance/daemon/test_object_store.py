@@ -1,0 +1,112 @@
+"""Builds in a real S3 server: a node that lost its disk resumes from the bucket, and fetches little."""
+
+import contextlib
+
+import pytest
+from e2b import Sandbox
+from support import sandboxes
+from support.counting import count, counting, goes_on
+from support.daemon import DEFAULT_DATA_DIR, wait_for
+from support.s3 import BUCKET, S3Server
+
+STORAGE, CACHE, QUEUE = (DEFAULT_DATA_DIR / name for name in ("storage", "cache", "uploads"))
+
+
+def remove(path):
+    if path.is_dir():
+        for inner in path.iterdir():
+            remove(inner)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lost_disk():
+    """The data directory without its builds, and without what was cached of the object store."""
+    away = STORAGE.with_name("storage-away")
+    STORAGE.rename(away)
+    remove(CACHE)
+    try:
+        yield
+    finally:
+        remove(STORAGE)
+        away.rename(STORAGE)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_stays():
+    yield
+    remove(CACHE)
+    remove(QUEUE)
+
+
+def uploaded():
+    return wait_for("all builds to be uploaded", lambda: not list(QUEUE.iterdir()), 300, every=0.2)
+
+
+def test_a_node_without_its_disk_resumes_from_the_bucket(make_daemon, host, tmp_path):
+    with S3Server(tmp_path / "s3") as s3:
+        first = make_daemon(extra_env=s3.env()).start()
+        first.create_key()
+        sandbox = counting(first)
+        before = count(sandbox)
+        assert sandbox.pause(**sandboxes.options(first)) is True
+        uploaded()
+        assert first.terminate() == 0
+    memfile = max(path.stat().st_size for path in STORAGE.glob("*/memfile"))
+
+    # A distant bucket. No warm machines: they would fetch, too.
+    with lost_disk(), S3Server(tmp_path / "s3", latency_ms=80) as s3:
+        second = make_daemon(extra_env={**s3.env(), "NIDUS_WARM": "0"}).start()
+        second.key = first.key
+        mine = sandboxes.options(second)
+        started = s3.sent()
+        resumed = Sandbox.connect(sandbox.sandbox_id, timeout=300, **mine)
+        assert resumed.commands.run("echo first", timeout=120).stdout == "first\n"
+        fetched = s3.sent() - started
+        print(f"{fetched >> 10} KiB were fetched of a memory of {memfile >> 10} KiB")
+        assert fetched < memfile / 3
+        goes_on(resumed, before)
+        assert list(STORAGE.glob("*-*")) == [], "what is read from the bucket is not copied"
+        assert resumed.kill(**mine) is True
+        uploaded()
+        assert second.terminate() == 0
+    host.assert_clean()
+
+
+def test_a_killed_sandbox_is_removed_from_the_bucket(make_daemon, host, tmp_path):
+    manifests = tmp_path / "s3" / BUCKET / "builds/builds"
+    with S3Server(tmp_path / "s3") as s3:
+        daemon = make_daemon(extra_env=s3.env()).start()
+        daemon.create_key()
+        uploaded()
+        templates = set(manifests.iterdir())
+        assert templates
+        sandbox = sandboxes.create(daemon)
+        assert sandbox.pause(**sandboxes.options(daemon)) is True
+        uploaded()
+        (paused,) = set(manifests.iterdir()) - templates
+        data = tmp_path / "s3" / BUCKET / "builds/data" / paused.name
+        assert any(data.iterdir())
+        assert sandbox.kill(**sandboxes.options(daemon)) is True
+        wait_for("the paused sandbox to leave the bucket", lambda: not paused.exists(), 60)
+        uploaded()
+        assert not data.exists() or not any(data.iterdir())
+        assert set(manifests.iterdir()) == templates
+        assert daemon.terminate() == 0
+    host.assert_clean()
+
+
+def test_an_object_store_that_cannot_be_used_is_one_sentence(make_daemon, tmp_path):
+    with S3Server(tmp_path / "s3") as s3:
+        for wrong, says in [
+            ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "Check the keys"),
+            ({"NIDUS_STORAGE": "s3://nowhere/builds"}, "does not exist"),
+            ({"NIDUS_STORAGE": "http://127.0.0.1/"}, "file, s3 and gs are known"),
+            ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Check the endpoint"),
+        ]:
+            daemon = make_daemon(extra_env={**s3.env(), **wrong})
+            daemon.spawn()
+            assert daemon.process.wait(60) != 0
+            assert says in daemon.log(), daemon.log()
