@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 
+import pytest
 from e2b import Sandbox
 from support import sandboxes
 from support.counting import builds_of, count_beyond, counting, state
@@ -87,14 +88,14 @@ def subject_for(daemon, kind):
 
 
 def spans(daemon):
-    """How long each kind takes here, in seconds."""
+    """How long each kind takes here, in seconds: the shorter of two."""
     took = {}
-    for kind in KINDS:
+    for kind in KINDS * 2:
         subject = subject_for(daemon, kind)
         request = Request(daemon, subject, kind)
         request.join()
         assert request.answer[0] in (201, 204), request.answer
-        took[kind] = request.took
+        took[kind] = min(request.took, took.get(kind, request.took))
         if kind == "checkpoint":
             assert daemon.rest("DELETE", f"/templates/{request.answer[1]['snapshotID']}")[0] == 204
         assert daemon.rest("DELETE", f"/sandboxes/{subject.id}")[0] == 204
@@ -156,6 +157,7 @@ def phase(request, stored):
     return "stored" if stored else "being written" if any((STORAGE / ".staging").iterdir()) else "not begun"
 
 
+@pytest.mark.timeout(180 + 20 * ROUNDS)
 def test_kill_9_in_a_pause(make_daemon, host, capsys):
     def start(key=None):
         # Without machines in reserve it starts faster.
