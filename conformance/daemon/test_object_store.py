@@ -5,7 +5,7 @@ import contextlib
 import pytest
 from e2b import Sandbox
 from support import sandboxes
-from support.counting import count, counting, goes_on
+from support.counting import count, count_beyond, counting
 from support.daemon import DEFAULT_DATA_DIR, wait_for
 from support.s3 import BUCKET, S3Server
 
@@ -67,7 +67,7 @@ def test_a_node_without_its_disk_resumes_from_the_bucket(make_daemon, host, tmp_
         fetched = s3.sent() - started
         print(f"{fetched >> 10} KiB were fetched of a memory of {memfile >> 10} KiB")
         assert fetched < memfile / 3
-        goes_on(resumed, before)
+        count_beyond(resumed, before)
         assert list(STORAGE.glob("*-*")) == [], "what is read from the bucket is not copied"
         assert resumed.kill(**mine) is True
         uploaded()
