@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -169,7 +169,9 @@ impl Builds {
         let file = File::options().read(true).write(true).mode(0o600).custom_flags(O_TMPFILE).open(root);
         let file = Arc::new(file.map_err(|e| StorageError::io("create a file in", root, e))?);
         side.reader.runtime().block_on(remote.copy_to(artifact, &file, root))?;
-        file.try_clone().map_err(|e| StorageError::io("open a file in", root, e))
+        // A VMM takes an open file only in the mode in which it would have opened it.
+        let own = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        File::open(&own).map_err(|e| StorageError::io("open", &own, e))
     }
 
     /// Begins to write a build: see [`LocalStore::stage`]. Its publication queues it for the object
