@@ -4,10 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use nidus_storage::{ArtifactFile, CHECKED_BLOCK, StorageError};
 
-use crate::{
-    BlockError,
-    file::{self, blocking},
-};
+use crate::{BlockError, file};
 
 /// An artifact with positioned reads whose bytes are those that were published.
 #[derive(Debug)]
@@ -26,17 +23,7 @@ impl CheckedFile {
 
     /// Fills `buf`; waits for the disk on a blocking thread if it must.
     pub(crate) async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
-        if self.try_read(offset, buf)? {
-            return Ok(());
-        }
-        let (file, len) = (self.clone(), buf.len());
-        let bytes = blocking(move || {
-            let mut bytes = vec![0; len];
-            file.read_blocking(offset, &mut bytes).map(|()| bytes)
-        })
-        .await?;
-        buf.copy_from_slice(&bytes);
-        Ok(())
+        file::read_or_wait(self, offset, buf, Self::try_read, Self::read_blocking).await
     }
 
     /// Fills `buf`. Blocks.

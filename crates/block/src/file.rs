@@ -45,17 +45,7 @@ impl PositionedFile {
 
     /// Fills `buf`; waits for the disk on a blocking thread if it must.
     pub(crate) async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
-        if self.try_read(offset, buf)? {
-            return Ok(());
-        }
-        let (file, len) = (self.clone(), buf.len());
-        let bytes = blocking(move || {
-            let mut bytes = vec![0; len];
-            file.read_blocking(offset, &mut bytes).map(|()| bytes)
-        })
-        .await?;
-        buf.copy_from_slice(&bytes);
-        Ok(())
+        read_or_wait(self, offset, buf, Self::try_read, Self::read_blocking).await
     }
 
     /// Fills `buf`. Blocks.
@@ -129,6 +119,27 @@ pub(crate) fn read_blocking(file: &File, path: &Path, offset: u64, buf: &mut [u8
         }
         _ => BlockError::io("read", path, e),
     })
+}
+
+/// Fills `buf` by `try_read` from the page cache, or else by `read_blocking` on a blocking thread.
+pub(crate) async fn read_or_wait<F: Send + Sync + 'static>(
+    file: &Arc<F>,
+    offset: u64,
+    buf: &mut [u8],
+    try_read: fn(&F, u64, &mut [u8]) -> Result<bool, BlockError>,
+    read_blocking: fn(&F, u64, &mut [u8]) -> Result<(), BlockError>,
+) -> Result<(), BlockError> {
+    if try_read(file, offset, buf)? {
+        return Ok(());
+    }
+    let (file, len) = (file.clone(), buf.len());
+    let bytes = blocking(move || {
+        let mut bytes = vec![0; len];
+        read_blocking(&file, offset, &mut bytes).map(|()| bytes)
+    })
+    .await?;
+    buf.copy_from_slice(&bytes);
+    Ok(())
 }
 
 /// Runs `work`, which may wait for a disk, on a blocking thread. It runs to its end even if the
