@@ -1,6 +1,7 @@
 """Builds in a real S3 server: a node that lost its disk resumes from the bucket, and fetches little."""
 
 import contextlib
+import time
 
 import pytest
 from e2b import Sandbox
@@ -55,23 +56,55 @@ def test_a_node_without_its_disk_resumes_from_the_bucket(make_daemon, host, tmp_
         uploaded()
         assert first.terminate() == 0
     memfile = max(path.stat().st_size for path in STORAGE.glob("*/memfile"))
+    # Compressed, and without what is zeros: the hardest of all measures.
+    stored = sum(path.stat().st_size for path in (tmp_path / "s3").rglob("memfile.*"))
 
     # A distant bucket. No warm machines: they would fetch, too.
     with lost_disk(), S3Server(tmp_path / "s3", latency_ms=80) as s3:
         second = make_daemon(extra_env={**s3.env(), "NIDUS_WARM": "0"}).start()
         second.key = first.key
         mine = sandboxes.options(second)
-        started = s3.sent()
+        started, began = s3.sent(), time.monotonic()
         resumed = Sandbox.connect(sandbox.sandbox_id, timeout=300, **mine)
         assert resumed.commands.run("echo first", timeout=120).stdout == "first\n"
-        fetched = s3.sent() - started
-        print(f"{fetched >> 10} KiB were fetched of a memory of {memfile >> 10} KiB")
+        took, fetched = time.monotonic() - began, s3.sent() - started
+        print(f"{fetched >> 10} KiB in {took:.1f} s, of a memory of {memfile >> 10} KiB ({stored >> 10} KiB stored)")
         assert fetched < memfile / 3
         count_beyond(resumed, before)
         assert list(STORAGE.glob("*-*")) == [], "what is read from the bucket is not copied"
         assert resumed.kill(**mine) is True
         uploaded()
         assert second.terminate() == 0
+    host.assert_clean()
+
+
+def test_what_a_first_node_needed_is_stored_for_a_second(make_daemon, host, tmp_path):
+    with S3Server(tmp_path / "s3") as s3:
+        first = make_daemon(extra_env=s3.env()).start()
+        uploaded()
+        assert first.terminate() == 0
+
+    def cold_start():
+        """The order after a first sandbox on a node that has nothing, far from the bucket."""
+        with lost_disk(), S3Server(tmp_path / "s3", latency_ms=80) as s3:
+            node = make_daemon(extra_env={**s3.env(), "NIDUS_WARM": "0"}).start()
+            node.create_key()
+            began = time.monotonic()
+            sandbox = sandboxes.create(node)
+            assert sandbox.commands.run("echo first", timeout=120).stdout == "first\n"
+            took, sent = time.monotonic() - began, s3.sent()
+            assert sandbox.kill(**sandboxes.options(node)) is True
+            order = wait_for("the order of reads to be stored", orders, 30)[0]
+            print(f"{took:.1f} s, {sent >> 10} KiB, {order.stat().st_size // 4} frames of memory")
+            assert node.terminate() == 0
+            return order.read_bytes()
+
+    def orders():
+        return list((tmp_path / "s3").rglob("memfile.order"))
+
+    assert orders() == [], "a node that has the build on its disk records nothing"
+    # The second follows it and leaves it as it is.
+    assert cold_start() == cold_start()
     host.assert_clean()
 
 
