@@ -78,7 +78,8 @@ def stops(daemon):
 
 
 def test_a_guest_stands_still_for_what_it_wrote_not_for_all(daemon, capsys):
-    """32 MiB are dirty; beside it, in the same run, a copy of all the guest's memory."""
+    """32 MiB are dirty; beside it, in the same run, a copy of all the guest's memory. The figures are shown and not
+    judged: docs/performance.md has them."""
     sandbox = sandboxes.create(daemon)
     mine = sandboxes.options(daemon)
     size = sandbox.get_info(**mine).memory_mb << 20
@@ -99,8 +100,6 @@ def test_a_guest_stands_still_for_what_it_wrote_not_for_all(daemon, capsys):
     with capsys.disabled():
         print(f"\nstood still for {stopped} ms with 32 MiB dirty; a copy of {size >> 20} MiB: {copies} ms")
     assert len(stopped) == 3
-    # Of all three: what else runs on this host holds both up.
-    assert sum(stopped) <= sum(copies) / 4
     assert sandbox.kill(**mine) is True
 
 
