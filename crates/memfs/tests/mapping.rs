@@ -82,14 +82,22 @@ impl Drop for Mapper {
     }
 }
 
-#[test]
-fn written_pages_are_told_from_read_ones_and_stay_with_their_process() {
+/// A served file and two processes that have it mapped; nothing, and a word about it, where mounting is not
+/// allowed.
+fn two_mappers() -> Option<(MemFs, ServedFile, [Mapper; 2])> {
     let Ok(fs) = MemFs::start(2) else {
         assert!(!rustix::process::geteuid().is_root());
-        return eprintln!("skipped: mounting needs root");
+        eprintln!("skipped: mounting needs root");
+        return None;
     };
     let served = fs.serve(Arc::new(Numbers)).unwrap();
-    let (mut one, mut other) = (Mapper::start(&served), Mapper::start(&served));
+    let mappers = [Mapper::start(&served), Mapper::start(&served)];
+    Some((fs, served, mappers))
+}
+
+#[test]
+fn written_pages_are_told_from_read_ones_and_stay_with_their_process() {
+    let Some((_fs, served, [mut one, mut other])) = two_mappers() else { return };
     for page in [3, 4, 5, 90, 1023] {
         assert_eq!(one.touch("r", page), Some(page % 256));
     }
@@ -118,12 +126,7 @@ fn written_pages_are_told_from_read_ones_and_stay_with_their_process() {
 
 #[test]
 fn a_page_that_cannot_be_read_ends_who_touches_it_and_nobody_else() {
-    let Ok(fs) = MemFs::start(2) else {
-        assert!(!rustix::process::geteuid().is_root());
-        return eprintln!("skipped: mounting needs root");
-    };
-    let served = fs.serve(Arc::new(Numbers)).unwrap();
-    let (mut one, mut other) = (Mapper::start(&served), Mapper::start(&served));
+    let Some((_fs, served, [mut one, mut other])) = two_mappers() else { return };
     // Its neighbours, although the kernel reads around them.
     assert_eq!(one.touch("r", BAD - 1), Some((BAD - 1) % 256));
     assert_eq!(one.touch("r", BAD), None);
