@@ -9,7 +9,7 @@ use nidus_block::{BlockError, MappedDevice, ReadDevice};
 use nidus_memfs::Content;
 use nidus_memory::uffd::{self, Cached, Fetched, Origin, PageSource, SourceError};
 use nidus_memory::{Memfile, PageSize};
-use nidus_storage::StorageError;
+use nidus_storage::{StorageError, is_zero};
 
 use crate::SaveError;
 
@@ -38,10 +38,6 @@ impl Content for BuildMemory {
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         Ok(self.0.read_blocking(offset, buf)?)
     }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|b| *b == 0)
 }
 
 #[async_trait]
@@ -128,7 +124,6 @@ mod tests {
                 Cached::Bytes(bytes) => assert!(byte != 0 && bytes == page(byte), "page {n}"),
                 // A file system that cannot say what it has in its cache; never for what nobody stores.
                 Cached::Miss => assert_ne!(n, 3),
-                Cached::Mapped(_) => panic!("nothing is mapped"),
             }
             match source.fetch(at, PAGE as usize).await.unwrap().bytes {
                 uffd::Content::Zero => assert_eq!(byte, 0, "page {n}"),

@@ -26,3 +26,4 @@ pub use checksums::CHECKED_BLOCK;
 pub use error::{Damaged, StorageError};
 pub use local::LocalStore;
 pub use publish::StagedBuild;
+pub use remote::is_zero;

@@ -3,6 +3,8 @@
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 
+use rustix::net::{RecvFlags, recv};
+
 /// Enough for a burst of small requests.
 const SMALL: usize = 64 << 10;
 /// Enough for as many writes of a block as may be in flight, and for what the socket holds.
@@ -39,13 +41,26 @@ impl Input {
 
     /// Receives more, behind what is there; 0 is the end. Blocks.
     pub(super) fn receive(&mut self, stream: &UnixStream) -> io::Result<usize> {
+        self.receive_by(|room| read(stream, room))
+    }
+
+    /// Like [`Input::receive`], but does not block: `None` if nothing has come.
+    pub(super) fn try_receive(&mut self, stream: &UnixStream) -> io::Result<Option<usize>> {
+        match self.receive_by(|room| Ok(recv(stream, room, RecvFlags::DONTWAIT)?.0)) {
+            Ok(n) => Ok(Some(n)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn receive_by(&mut self, receive: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<usize> {
         if self.start == self.end || self.bytes.len() - self.end < ROOM {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         let room = self.bytes.len() - self.end;
         debug_assert!(room > 0, "nothing received would look like the end");
-        let n = read(stream, &mut self.bytes[self.end..])?;
+        let n = receive(&mut self.bytes[self.end..])?;
         self.end += n;
         if n == room && self.bytes.len() < LARGE {
             // The client sends faster than it is read.

@@ -13,6 +13,7 @@ mod handshake;
 mod input;
 pub mod kernel;
 mod pace;
+mod patience;
 mod reply;
 mod server;
 mod session;

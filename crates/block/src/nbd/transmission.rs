@@ -12,7 +12,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::{thread, time::Instant};
 
 use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,6 +24,7 @@ use super::{
     buffer::BufferPool,
     input::Input,
     pace::Pace,
+    patience::Patience,
     reply::{BATCH, Reply, send},
     slow::{Context, Slow, Task, cost},
     wire::{Action, MAX_PAYLOAD, REQUEST_LEN, Request, command},
@@ -54,6 +55,7 @@ pub(super) struct Transmission {
     /// The payload bytes that they hold.
     reply_bytes: usize,
     pace: Pace,
+    patience: Patience,
 }
 
 impl Transmission {
@@ -74,6 +76,7 @@ impl Transmission {
             replies: Vec::with_capacity(BATCH),
             reply_bytes: 0,
             pace: Pace::default(),
+            patience: Patience::default(),
         })
     }
 
@@ -148,11 +151,30 @@ impl Transmission {
                 if !ready.input {
                     continue;
                 }
-            } else if self.pool.is_large() || self.input.is_large() {
-                self.shrink_when_idle()?;
+                return Ok(self.input.receive(&self.stream)? > 0);
             }
-            return Ok(self.input.receive(&self.stream)? > 0);
+            return Ok(self.next_input()?);
         }
+    }
+
+    /// Receives when nothing else is to be waited for.
+    fn next_input(&mut self) -> io::Result<bool> {
+        let begin = Instant::now();
+        let mut received = None;
+        while received.is_none() && self.patience.lasts(begin.elapsed()) {
+            received = self.input.try_receive(&self.stream)?;
+            // Whoever else wants this processor, the client perhaps, goes first.
+            thread::yield_now();
+        }
+        if received.is_none() && (self.pool.is_large() || self.input.is_large()) {
+            self.shrink_when_idle()?;
+        }
+        let received = match received {
+            Some(received) => received,
+            None => self.input.receive(&self.stream)?,
+        };
+        self.patience.note(begin.elapsed());
+        Ok(received > 0)
     }
 
     fn shrink_when_idle(&mut self) -> io::Result<()> {

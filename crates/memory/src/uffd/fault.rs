@@ -77,13 +77,7 @@ impl Vm {
                 Cached::Bytes(bytes) if bytes.len() == self.page => {
                     Some((From::Cache, self.uffd.copy(address, bytes)))
                 }
-                Cached::Mapped(bytes) if bytes.len() == self.page => {
-                    // SAFETY: the bytes lie within a mapping that the source lends.
-                    let fill = unsafe { self.uffd.copy_from(address, bytes.start(), bytes.len()) };
-                    // The file is shorter than it was, or cannot be read: `fetch` will tell.
-                    (fill.stop != Some(Errno::EFAULT)).then_some((From::Cache, fill))
-                }
-                Cached::Bytes(_) | Cached::Mapped(_) | Cached::Miss => None,
+                Cached::Bytes(_) | Cached::Miss => None,
             };
             match fill {
                 Some((from, fill)) => self.settle(target, from, fill)?,
@@ -165,11 +159,7 @@ impl Vm {
         if self.layout.page_size() == PageSize::Small && !target.write {
             return self.uffd.zero(target.address, self.page as u64);
         }
-        match self.zeros.bytes(0, self.page) {
-            // SAFETY: the bytes lie within a mapping of zeros of our own.
-            Some(zeros) => unsafe { self.uffd.copy_from(target.address, zeros.start(), zeros.len()) },
-            None => self.uffd.zero(target.address, self.page as u64),
-        }
+        self.uffd.copy(target.address, &self.zeros)
     }
 
     /// Copies the page together with its neighbours, as far as they are absent and all at hand;
@@ -189,10 +179,6 @@ impl Vm {
         let address = target.address - (before * self.page) as u64;
         let fill = match self.source.cached(self.offset(start), len, &mut buffer[..len]) {
             Cached::Bytes(bytes) if bytes.len() == len => self.uffd.copy(address, bytes),
-            // SAFETY: the bytes lie within a mapping that the source lends.
-            Cached::Mapped(bytes) if bytes.len() == len => unsafe {
-                self.uffd.copy_from(address, bytes.start(), len)
-            },
             _ => return Ok(false),
         };
         if fill.stop == Some(Errno::ESRCH) {

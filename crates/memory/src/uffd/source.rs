@@ -5,8 +5,6 @@ use std::{io, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::mapping::MappedBytes;
-
 /// Whence a page's bytes came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Origin {
@@ -23,8 +21,6 @@ pub enum Cached<'a> {
     Zero,
     /// Its bytes, in the caller's buffer or in memory of the source.
     Bytes(&'a [u8]),
-    /// Its bytes, in the mapping of a file.
-    Mapped(MappedBytes<'a>),
     /// It must be fetched.
     Miss,
 }

@@ -175,18 +175,8 @@ impl Uffd {
     /// Puts `bytes` at address `to`, where no page must be, and wakes who waits for it. Both in
     /// whole pages of the mapping.
     pub(super) fn copy(&self, to: u64, bytes: &[u8]) -> Fill {
-        // SAFETY: the source is the slice.
-        unsafe { self.copy_from(to, bytes.as_ptr(), bytes.len()) }
-    }
-
-    /// As [`copy`](Self::copy), from memory that may have no page behind it (a file that became
-    /// shorter): that is then the error EFAULT.
-    ///
-    /// # Safety
-    /// `from..from + len` must be a mapping of this process that may be shown to the other one.
-    pub(super) unsafe fn copy_from(&self, to: u64, from: *const u8, len: usize) -> Fill {
-        let len = len as u64;
-        let mut args = UffdioCopy { dst: to, src: from as u64, len, mode: 0, copy: 0 };
+        let len = bytes.len() as u64;
+        let mut args = UffdioCopy { dst: to, src: bytes.as_ptr() as u64, len, mode: 0, copy: 0 };
         // SAFETY: the descriptor is open and `args` has the layout of `struct uffdio_copy`. The
         // kernel writes to the other process's memory and, here, to `args` alone.
         let result = unsafe { uffdio_copy(self.fd.as_raw_fd(), &mut args) };

@@ -20,7 +20,6 @@ use super::{
     handler::Config,
     layout::Layout,
     live::Live,
-    mapping::FileMapping,
     metrics::Metrics,
     prefetch::Prefetcher,
     process::Process,
@@ -98,7 +97,7 @@ pub(super) struct Vm {
     /// Pages that are being fetched for a fault.
     pub(super) fetching: AtomicPages,
     /// A huge page of zeros; without it, zero pages are left to the kernel.
-    pub(super) zeros: FileMapping,
+    pub(super) zeros: Box<[u8]>,
 
     pub(super) misses: Misses,
     pub(super) arrived: Mutex<Vec<Arrived>>,

@@ -1,15 +1,10 @@
 //! Faults of all kinds, from a source that has everything.
 
-use std::sync::Arc;
-
-use nidus_memory::{
-    PageSize,
-    uffd::{Config, End, Handler, HandlerError, Process, StartError, Violation},
-};
+use nidus_memory::uffd::{Config, End, Handler, HandlerError, Process, StartError, Violation};
 
 use crate::{
     child::{EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP, userfaultfd},
-    rig::{Does, HUGE, HugePages, Map, PAGE, PLAIN, Rig, Storage, content, memfile, receive},
+    rig::{AtHand, Does, HUGE, HugePages, Map, PAGE, PLAIN, Rig, Storage, content, receive},
 };
 
 const SIZE: usize = 256 * PAGE;
@@ -21,8 +16,7 @@ fn config(readers: usize, around: usize) -> Config {
 #[test]
 fn each_page_has_its_content_whoever_touches_it_first() {
     let bytes = content(SIZE);
-    let (_file, source) = memfile(&bytes, PageSize::Small);
-    let source = Arc::new(source);
+    let source = AtHand::new(&bytes, PAGE);
     // The first VM meets a file of which nothing is known, the others go to the mapping.
     for (readers, around, regions) in [(1, 1, 1), (1, 1, 3), (2, 1, 2), (1, 16, 3), (3, 8, 1)] {
         let mut rig = Rig::new(Map { regions, ..PLAIN }, source.clone(), config(readers, around));
@@ -44,8 +38,8 @@ fn each_page_has_its_content_whoever_touches_it_first() {
 
 #[test]
 fn what_was_never_touched_is_not_in_place() {
-    let (_file, source) = memfile(&content(SIZE), PageSize::Small);
-    let mut rig = Rig::new(PLAIN, Arc::new(source), config(1, 1));
+    let source = AtHand::new(&content(SIZE), PAGE);
+    let mut rig = Rig::new(PLAIN, source, config(1, 1));
     rig.vmm.call(&format!("touch {} {} 1", 10 * PAGE, 3 * PAGE));
     rig.vmm.call(&format!("write {} 1 9", 40 * PAGE + 7));
     rig.vmm.call(&format!("remove {} {}", 11 * PAGE, PAGE));
@@ -62,8 +56,7 @@ fn huge_pages() {
     let Some(_allowed) = HugePages::allow(8) else { return };
     let mut bytes = content(4 * HUGE);
     bytes[HUGE..2 * HUGE].fill(0);
-    let (_file, source) = memfile(&bytes, PageSize::Huge);
-    let source = Arc::new(source);
+    let source = AtHand::new(&bytes, HUGE);
     let map = Map { page: HUGE, regions: 2, ..PLAIN };
     for readers in [1, 2] {
         let mut rig = Rig::new(map, source.clone(), config(readers, 16));
@@ -81,8 +74,8 @@ fn huge_pages() {
 #[test]
 fn pages_that_were_given_up_are_zero_from_then_on() {
     let mut bytes = content(SIZE);
-    let (_file, source) = memfile(&bytes, PageSize::Small);
-    let mut rig = Rig::new(Map { regions: 2, ..PLAIN }, Arc::new(source), config(1, 1));
+    let source = AtHand::new(&bytes, PAGE);
+    let mut rig = Rig::new(Map { regions: 2, ..PLAIN }, source, config(1, 1));
     rig.vmm.call(&format!("touch 0 {} 2", SIZE / 2));
     // Touched and untouched ones, up to the end of the first region.
     for (first, count) in [(10, 7), (20, 100), (200, 3)] {
@@ -102,8 +95,7 @@ fn pages_that_were_given_up_are_zero_from_then_on() {
 fn a_copy_never_outlives_a_removal() {
     // No page of zeros, which would hide a fault.
     let bytes = vec![0xa5; 4096 * PAGE];
-    let (_file, source) = memfile(&bytes, PageSize::Small);
-    let source = Arc::new(source);
+    let source = AtHand::new(&bytes, PAGE);
     for readers in [1, 2] {
         let mut rig = Rig::new(PLAIN, source.clone(), config(readers, 1));
         assert_eq!(rig.vmm.call("race 0 4096"), 0);
@@ -133,8 +125,8 @@ fn faults_on_one_page_from_many_threads_are_one_copy() {
 
 #[test]
 fn memory_that_is_unregistered_ends_nothing() {
-    let (_file, source) = memfile(&content(SIZE), PageSize::Small);
-    let mut rig = Rig::new(PLAIN, Arc::new(source), config(1, 1));
+    let source = AtHand::new(&content(SIZE), PAGE);
+    let mut rig = Rig::new(PLAIN, source, config(1, 1));
     rig.vmm.call(&format!("touch 0 {} 2", 8 * PAGE));
     rig.vmm.call("unregister");
     // The kernel answers from now on.
@@ -145,9 +137,9 @@ fn memory_that_is_unregistered_ends_nothing() {
 #[test]
 fn memory_that_is_unmapped_ends_nothing() {
     let bytes = content(SIZE);
-    let (_file, source) = memfile(&bytes, PageSize::Small);
+    let source = AtHand::new(&bytes, PAGE);
     let map = Map { features: EVENT_REMOVE | EVENT_UNMAP, ..PLAIN };
-    let mut rig = Rig::new(map, Arc::new(source), config(1, 1));
+    let mut rig = Rig::new(map, source, config(1, 1));
     rig.vmm.call(&format!("touch 0 {} 2", 8 * PAGE));
     rig.vmm.call(&format!("unmap {} {}", 4 * PAGE, 8 * PAGE));
     assert!(rig.vmm.dump(0, 4 * PAGE) == bytes[..4 * PAGE]);
@@ -172,8 +164,7 @@ fn a_process_that_ends_while_a_page_is_fetched() {
 #[test]
 fn a_killed_process_ends_its_handler_and_no_other() {
     let bytes = content(SIZE);
-    let (_file, source) = memfile(&bytes, PageSize::Small);
-    let source = Arc::new(source);
+    let source = AtHand::new(&bytes, PAGE);
     let mut killed = Rig::new(PLAIN, source.clone(), config(2, 1));
     let mut other = Rig::new(PLAIN, source, config(1, 1));
     killed.vmm.send(&format!("touch 0 {SIZE} 4"));
@@ -185,8 +176,8 @@ fn a_killed_process_ends_its_handler_and_no_other() {
 
 #[test]
 fn stopping_leaves_no_thread_and_closes_the_descriptor_only_then() {
-    let (_file, source) = memfile(&content(SIZE), PageSize::Small);
-    let mut rig = Rig::new(PLAIN, Arc::new(source), config(2, 1));
+    let source = AtHand::new(&content(SIZE), PAGE);
+    let mut rig = Rig::new(PLAIN, source, config(2, 1));
     rig.vmm.call(&format!("touch 0 {PAGE} 1"));
     let handler = rig.handler.take().unwrap();
     assert_eq!(rig.runtime.block_on(handler.stop()).unwrap(), End::Stopped);
@@ -194,8 +185,7 @@ fn stopping_leaves_no_thread_and_closes_the_descriptor_only_then() {
 
 #[test]
 fn a_vmm_that_does_what_none_should_is_reported() {
-    let (_file, source) = memfile(&content(SIZE), PageSize::Small);
-    let source = Arc::new(source);
+    let source = AtHand::new(&content(SIZE), PAGE);
     let report = |features, commands: &[&str]| {
         let mut rig = Rig::new(Map { features, ..PLAIN }, source.clone(), config(1, 1));
         commands.iter().for_each(|command| rig.vmm.send(command));
@@ -212,8 +202,7 @@ fn a_vmm_that_does_what_none_should_is_reported() {
 #[test]
 fn a_connection_without_a_known_process_ends_when_it_is_closed() {
     use std::os::{fd::AsFd, unix::net::UnixStream};
-    let (_file, source) = memfile(&content(SIZE), PageSize::Small);
-    let source = Arc::new(source);
+    let source = AtHand::new(&content(SIZE), PAGE);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let message =
         format!(r#"[{{"base_host_virt_addr":{},"size":{SIZE},"offset":0,"page_size":4096}}]"#, 1u64 << 40);

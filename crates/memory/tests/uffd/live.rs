@@ -6,15 +6,12 @@ use std::{
     sync::{Arc, Mutex, mpsc},
 };
 
-use nidus_memory::{
-    PageSize,
-    uffd::{Config, LiveSnapshot, MappedMemfile, PageSink, Saved, SnapshotError},
-};
+use nidus_memory::uffd::{Config, LiveSnapshot, PageSink, Saved, SnapshotError};
 use proptest::prelude::*;
 
 use crate::{
     child::{MISSING, WRITE_PROTECT, hammer_writes},
-    rig::{HUGE, HugePages, Map, PAGE, PLAIN, Rig, content, memfile},
+    rig::{AtHand, HUGE, HugePages, Map, PAGE, PLAIN, Rig, content},
 };
 
 const PAGES: usize = 96;
@@ -114,10 +111,10 @@ fn begin(rig: &Rig, sink: impl PageSink) -> Result<LiveSnapshot, SnapshotError> 
     rig.runtime.block_on(rig.handler().live_snapshot(Box::new(sink)))
 }
 
-fn source() -> (Vec<u8>, tempfile::NamedTempFile, Arc<MappedMemfile>) {
+fn source() -> (Vec<u8>, Arc<AtHand>) {
     let bytes = content(SIZE);
-    let (file, source) = memfile(&bytes, PageSize::Small);
-    (bytes, file, Arc::new(source))
+    let source = AtHand::new(&bytes, PAGE);
+    (bytes, source)
 }
 
 proptest! {
@@ -129,7 +126,7 @@ proptest! {
     fn a_snapshot_is_the_memory_of_one_instant(
         steps in steps(), more in steps(), seed in any::<u32>(), readers in 1..3usize, registered in any::<bool>()
     ) {
-        let (bytes, _file, source) = source();
+        let (bytes, source) = source();
         // Registered for write-protection, or as Firecracker does: then the handler extends it.
         let mode = if registered { MISSING | WRITE_PROTECT } else { MISSING };
         let map = Map { mode, regions: 2, ..PLAIN };
@@ -152,7 +149,7 @@ proptest! {
 
 #[test]
 fn pages_are_saved_before_the_vm_writes_to_them() {
-    let (bytes, _file, source) = source();
+    let (bytes, source) = source();
     let mut rig = Rig::new(PLAIN, source, Config::default());
     let mut model = bytes.clone();
     hammer(&mut rig, &mut model, PAGE, 5);
@@ -180,8 +177,8 @@ fn pages_are_saved_before_the_vm_writes_to_them() {
 fn huge_pages() {
     let Some(_allowed) = HugePages::allow(8) else { return };
     let bytes = content(4 * HUGE);
-    let (_file, source) = memfile(&bytes, PageSize::Huge);
-    let mut rig = Rig::new(Map { page: HUGE, ..PLAIN }, Arc::new(source), Config::default());
+    let source = AtHand::new(&bytes, HUGE);
+    let mut rig = Rig::new(Map { page: HUGE, ..PLAIN }, source, Config::default());
     let mut model = bytes.clone();
     rig.vmm.call(&format!("write {} 1 3", HUGE + 9));
     model[HUGE + 9] = 3;
@@ -206,7 +203,7 @@ fn a_snapshot_that_fails_lets_the_vm_go_on() {
             Err(io::Error::other("no space"))
         }
     }
-    let (bytes, _file, source) = source();
+    let (bytes, source) = source();
     let mut rig = Rig::new(PLAIN, source, Config::default());
     let mut model = bytes.clone();
     rig.vmm.call(&format!("touch 0 {SIZE} 1"));
@@ -231,8 +228,8 @@ fn a_snapshot_that_fails_lets_the_vm_go_on() {
 #[test]
 fn a_page_given_up_too_early_fails_the_snapshot() {
     const MORE: usize = 20_000 * PAGE;
-    let (_file, source) = memfile(&content(MORE), PageSize::Small);
-    let mut rig = Rig::new(PLAIN, Arc::new(source), Config::default());
+    let source = AtHand::new(&content(MORE), PAGE);
+    let mut rig = Rig::new(PLAIN, source, Config::default());
     rig.vmm.call(&format!("touch 0 {MORE} 1"));
     let (let_go, wait) = mpsc::channel();
     // The sweep stops half way, because the sink takes nothing.
@@ -250,7 +247,7 @@ fn a_page_given_up_too_early_fails_the_snapshot() {
 
 #[test]
 fn a_snapshot_ends_with_the_vm() {
-    let (_bytes, _file, source) = source();
+    let (_bytes, source) = source();
     let mut rig = Rig::new(PLAIN, source, Config::default());
     rig.vmm.call(&format!("touch 0 {SIZE} 1"));
     let (let_go, wait) = mpsc::channel();

@@ -1,14 +1,12 @@
 //! Prefetch in recorded order.
 
-use std::sync::Arc;
-
 use nidus_memory::{
     PageSize,
     uffd::{Config, OtherMemory, Recorded, Recording},
 };
 use tokio::time::timeout;
 
-use crate::rig::{Does, PAGE, PATIENCE, PLAIN, Rig, Storage, content, memfile};
+use crate::rig::{AtHand, Does, PAGE, PATIENCE, PLAIN, Rig, Storage, content};
 
 const PAGES: usize = 256;
 const SIZE: usize = PAGES * PAGE;
@@ -21,8 +19,7 @@ fn wait(rig: &Rig, recording: &Recording) -> bool {
 #[test]
 fn what_one_vm_needed_another_has_before_it_asks() {
     let bytes = content(SIZE);
-    let (_file, source) = memfile(&bytes, PageSize::Small);
-    let source = Arc::new(source);
+    let source = AtHand::new(&bytes, PAGE);
     let mut first = Rig::new(PLAIN, source.clone(), Config::default());
     for page in [9, 2, 3, 200, 33] {
         first.vmm.call(&format!("touch {} {PAGE} 1", page * PAGE));
@@ -59,8 +56,7 @@ fn all_pages() -> Recording {
 #[test]
 fn prefetch_and_faults_on_the_same_pages_at_once() {
     let bytes = content(SIZE);
-    let (_file, source) = memfile(&bytes, PageSize::Small);
-    let source = Arc::new(source);
+    let source = AtHand::new(&bytes, PAGE);
     for readers in [1, 2] {
         let mut rig = Rig::new(PLAIN, source.clone(), Config { readers, ..Config::default() });
         rig.vmm.send(&format!("touch 0 {SIZE} 3"));

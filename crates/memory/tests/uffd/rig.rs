@@ -10,15 +10,11 @@ use std::{
 };
 
 use async_trait::async_trait;
-use nidus_memory::{
-    Memfile, PageSize,
-    uffd::{
-        Cached, Config, Content, End, Fetched, Handler, HandlerError, Handshake, MappedMemfile, Origin,
-        PageSource, Process, SourceError,
-    },
+use nidus_memory::uffd::{
+    Cached, Config, Content, End, Fetched, Handler, HandlerError, Handshake, Origin, PageSource, Process,
+    SourceError,
 };
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use tempfile::NamedTempFile;
 use tokio::{runtime::Runtime, sync::Semaphore, time::timeout};
 
 use crate::child::{EVENT_REMOVE, MISSING, Vmm};
@@ -40,13 +36,38 @@ pub fn content(size: usize) -> Vec<u8> {
     bytes
 }
 
-/// A file with this content.
-pub fn memfile(content: &[u8], page_size: PageSize) -> (NamedTempFile, MappedMemfile) {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(content).unwrap();
-    let memfile = Memfile::open(file.path(), page_size, None).unwrap();
-    let source = MappedMemfile::open(&memfile).unwrap();
-    (file, source)
+/// A source that has all its content at hand, in pages of this size.
+pub struct AtHand {
+    content: Vec<u8>,
+    page: usize,
+}
+
+impl AtHand {
+    pub fn new(content: &[u8], page: usize) -> Arc<Self> {
+        Arc::new(Self { content: content.to_vec(), page })
+    }
+}
+
+#[async_trait]
+impl PageSource for AtHand {
+    fn size(&self) -> u64 {
+        self.content.len() as u64
+    }
+
+    fn cached<'a>(&'a self, at: u64, len: usize, _: &'a mut [u8]) -> Cached<'a> {
+        let bytes = &self.content[at as usize..][..len];
+        let zero = bytes.chunks(self.page).any(|page| page.iter().all(|byte| *byte == 0));
+        match zero {
+            true if len == self.page => Cached::Zero,
+            true => Cached::Miss,
+            false => Cached::Bytes(bytes),
+        }
+    }
+
+    async fn fetch(&self, at: u64, len: usize) -> Result<Fetched, SourceError> {
+        let bytes = self.content[at as usize..][..len].to_vec();
+        Ok(Fetched { bytes: Content::Bytes(bytes.into()), origin: Origin::Cache })
+    }
 }
 
 /// What storage does with one read.

@@ -1,15 +1,12 @@
 //! Storage that fails, stalls or returns too little: the VM goes on with the right bytes, or the
 //! handler ends with an error that says where and why.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use nidus_memory::{
-    PageSize,
-    uffd::{Config, HandlerError, SourceError},
-};
+use nidus_memory::uffd::{Config, HandlerError, SourceError};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 
-use crate::rig::{Does, PAGE, PLAIN, Rig, Storage, content, memfile};
+use crate::rig::{Does, PAGE, PLAIN, Rig, Storage, content};
 
 const PAGES: usize = 512;
 const SIZE: usize = PAGES * PAGE;
@@ -133,22 +130,4 @@ fn a_page_given_up_while_storage_fails_is_zero() {
     rig.vmm.send("race 0 1");
     assert_eq!(rig.vmm.reply(), Some(0));
     rig.finish();
-}
-
-#[test]
-fn a_memory_file_that_is_cut_is_an_error_and_no_zeros() {
-    let (file, source) = memfile(&content(SIZE), PageSize::Small);
-    let source = Arc::new(source);
-    let mut first = Rig::new(PLAIN, source.clone(), config());
-    first.vmm.call(&format!("touch 0 {SIZE} 1"));
-    first.finish();
-    // Known to the source from the first VM, and gone now.
-    file.as_file().set_len(200 * PAGE as u64).unwrap();
-    let mut rig = Rig::new(PLAIN, source, config());
-    rig.vmm.call(&format!("touch 0 {} 1", 200 * PAGE));
-    rig.vmm.send(&format!("touch {} {PAGE} 1", 201 * PAGE));
-    let error = rig.ended().unwrap_err();
-    let HandlerError::Source { offset, cause, .. } = &*error else { panic!("{error}") };
-    assert_eq!(*offset, 201 * PAGE as u64);
-    assert!(matches!(cause, SourceError::Short { got: 0, .. }), "{error}");
 }

@@ -89,7 +89,8 @@ pub(crate) fn decode(stored: &[u8], len: usize, checksum: Checksum) -> Result<Ve
     Ok(content)
 }
 
-pub(crate) fn is_zero(content: &[u8]) -> bool {
+/// Whether all bytes are zero.
+pub fn is_zero(content: &[u8]) -> bool {
     // Words first: this runs over whole memory files.
     let (words, rest) = content.as_chunks::<16>();
     words.iter().all(|w| u128::from_ne_bytes(*w) == 0) && rest.iter().all(|b| *b == 0)

@@ -34,7 +34,7 @@ use tokio::task::JoinError;
 pub use artifact::{ReadAhead, RemoteArtifact};
 pub use connect::RemoteOptions;
 pub use error::RemoteError;
-pub use frame::{Checksum, FrameError};
+pub use frame::{Checksum, FrameError, is_zero};
 pub use manifest::{Frame, FrameMap, Manifest, ManifestError, Object};
 pub use order::{AccessOrder, OrderError};
 pub use queue::{RemoteQueue, RemoteTask};

@@ -9,27 +9,31 @@
 //! the file's bytes). Its fault for a *read* maps the page cache without a copy, and fifteen
 //! neighbours with it; "one fault" touches one page in sixteen, so that each touch is a fault.
 //!
-//! `cargo bench -p nidus-memory --bench uffd -- [--quick] [--json FILE]`
+//! The handler serves a published build of a local store as a node serves it: each page is read and its
+//! checksum looked at; the kernel checks nothing.
+//!
+//! `cargo bench --workspace --bench uffd -- [--quick] [--json FILE]`
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 #[allow(dead_code)]
-#[path = "../tests/uffd/child.rs"]
+#[path = "../../memory/tests/uffd/child.rs"]
 mod child;
 
 use std::{
-    fs::File,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use child::{EVENT_REMOVE, MISSING, Vmm};
+use nidus_block::{MappedDevice, header::Header};
 use nidus_memory::{
-    Memfile, PageSize,
-    uffd::{Config, Handler, Handshake, MappedMemfile, Recorded, Recording},
+    PageSize,
+    uffd::{Config, Handler, Handshake, Recorded, Recording},
 };
+use nidus_sandbox::BuildPages;
+use nidus_storage::{Artifact, BuildId, LocalStore};
 use tokio::runtime::Runtime;
 
 const SMALL: usize = 4096;
@@ -46,50 +50,51 @@ enum Kind {
     /// The kernel: write, and the distance of the pages touched.
     Kernel { write: bool, distance: usize },
     /// The handler.
-    Handler { write: bool, readers: usize, threads: usize, around: usize, fresh: bool },
+    Handler { write: bool, readers: usize, threads: usize, around: usize },
     /// Everything is there before it is touched.
     Prefetched,
 }
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 11] = [
     Case { name: "kernel, read, one fault", kind: Kind::Kernel { write: false, distance: 16 * SMALL } },
     Case { name: "kernel, read, all pages", kind: Kind::Kernel { write: false, distance: SMALL } },
     Case { name: "kernel, write", kind: Kind::Kernel { write: true, distance: SMALL } },
-    handler("handler, read", false, 1, 1, 1, false),
-    handler("handler, write", true, 1, 1, 1, false),
-    handler("handler, read, first VM of a file", false, 1, 1, 1, true),
-    handler("handler, read, 16 around", false, 1, 1, 16, false),
-    handler("1 reader, 2 threads touch", false, 1, 2, 1, false),
-    handler("2 readers, 1 thread touches", false, 2, 1, 1, false),
-    handler("2 readers, 2 threads touch", false, 2, 2, 1, false),
-    handler("2 readers, 4 threads touch", false, 2, 4, 1, false),
+    handler("handler, read", false, 1, 1, 1),
+    handler("handler, write", true, 1, 1, 1),
+    handler("handler, read, 16 around", false, 1, 1, 16),
+    handler("1 reader, 2 threads touch", false, 1, 2, 1),
+    handler("2 readers, 1 thread touches", false, 2, 1, 1),
+    handler("2 readers, 2 threads touch", false, 2, 2, 1),
+    handler("2 readers, 4 threads touch", false, 2, 4, 1),
     Case { name: "handler, after a prefetch", kind: Kind::Prefetched },
 ];
 
-const fn handler(
-    name: &'static str,
-    write: bool,
-    readers: usize,
-    threads: usize,
-    around: usize,
-    fresh: bool,
-) -> Case {
-    Case { name, kind: Kind::Handler { write, readers, threads, around, fresh } }
+const fn handler(name: &'static str, write: bool, readers: usize, threads: usize, around: usize) -> Case {
+    Case { name, kind: Kind::Handler { write, readers, threads, around } }
 }
 
-fn filled(path: PathBuf) -> PathBuf {
-    let file = File::create(&path).unwrap();
-    (0..SIZE >> 20).for_each(|i| file.write_all_at(&vec![i as u8 + 1; 1 << 20], (i as u64) << 20).unwrap());
-    file.sync_all().unwrap();
-    path
+/// A published build with a memory file.
+async fn build(store: &LocalStore) -> BuildId {
+    let build = BuildId::random();
+    let memory: Vec<u8> = (0..SIZE).map(|at| (at >> 20) as u8 + 1).collect();
+    let staged = store.stage(build).await.unwrap();
+    staged.write(Artifact::Memfile, memory).await.unwrap();
+    staged.write(Artifact::Metadata, "{}").await.unwrap();
+    staged.commit().await.unwrap();
+    build
 }
 
-fn source(path: &Path, page_size: PageSize) -> Arc<MappedMemfile> {
-    Arc::new(MappedMemfile::open(&Memfile::open(path, page_size, None).unwrap()).unwrap())
+/// The build's memory as a node opens it.
+async fn open(store: &LocalStore, build: BuildId, page: PageSize) -> Arc<BuildPages> {
+    let header = Header::identity(build, SIZE as u64, SMALL as u64).unwrap();
+    let store = store.clone();
+    let memory =
+        MappedDevice::open(header, move |b| store.open_artifact(b, Artifact::Memfile)).await.unwrap();
+    Arc::new(BuildPages { memory: Arc::new(memory), page })
 }
 
 /// A child whose memory is served.
-fn serve(runtime: &Runtime, source: &Arc<MappedMemfile>, page: usize, config: Config) -> (Vmm, Handler) {
+fn serve(runtime: &Runtime, source: &Arc<BuildPages>, page: usize, config: Config) -> (Vmm, Handler) {
     let mut vmm = Vmm::spawn(&[]);
     let stream = vmm.map(SIZE, page, 1, EVENT_REMOVE, MISSING);
     stream.set_nonblocking(true).unwrap();
@@ -108,23 +113,22 @@ fn end(runtime: &Runtime, vmm: Vmm, handler: Handler) {
 }
 
 /// Microseconds for each page touched.
-fn measure(runtime: &Runtime, kind: &Kind, file: &Path, known: &Arc<MappedMemfile>) -> f64 {
+fn measure(runtime: &Runtime, kind: &Kind, file: &Path, source: &Arc<BuildPages>) -> f64 {
     match *kind {
         Kind::Kernel { write, distance } => {
             let took =
                 Vmm::spawn(&[]).call(&format!("private {} {} {distance}", file.display(), u8::from(write)));
             took as f64 / 1e3 / (SIZE / distance) as f64
         }
-        Kind::Handler { write, readers, threads, around, fresh } => {
-            let source = if fresh { source(file, PageSize::Small) } else { known.clone() };
+        Kind::Handler { write, readers, threads, around } => {
             let (mut vmm, handler) =
-                serve(runtime, &source, SMALL, Config { readers, around, ..Config::default() });
+                serve(runtime, source, SMALL, Config { readers, around, ..Config::default() });
             let took = vmm.call(&format!("time {} {threads}", u8::from(write)));
             end(runtime, vmm, handler);
             took as f64 / 1e3 / (SIZE / SMALL) as f64
         }
         Kind::Prefetched => {
-            let (mut vmm, handler) = serve(runtime, known, SMALL, Config::default());
+            let (mut vmm, handler) = serve(runtime, source, SMALL, Config::default());
             let pages = (0..(SIZE / SMALL) as u32).map(|page| Recorded { page, write: false });
             let recording = Recording::new(PageSize::Small, SIZE as u64, pages);
             let mut prefetch = handler.prefetch(&recording).unwrap();
@@ -142,13 +146,12 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 /// Huge pages, if they may be had: microseconds for each.
-fn huge(runtime: &Runtime, file: &Path, rounds: usize) -> Option<f64> {
+fn huge(runtime: &Runtime, source: &Arc<BuildPages>, rounds: usize) -> Option<f64> {
     const OVERCOMMIT: &str = "/proc/sys/vm/nr_overcommit_hugepages";
     let before = std::fs::read_to_string(OVERCOMMIT).ok()?;
     std::fs::write(OVERCOMMIT, (SIZE / HUGE).to_string()).ok()?;
-    let source = source(file, PageSize::Huge);
     let figures = (0..=rounds).map(|_| {
-        let (mut vmm, handler) = serve(runtime, &source, HUGE, Config::default());
+        let (mut vmm, handler) = serve(runtime, source, HUGE, Config::default());
         let took = vmm.call("time 0 1");
         end(runtime, vmm, handler);
         took as f64 / 1e3 / (SIZE / HUGE) as f64
@@ -167,14 +170,17 @@ fn main() {
     let json = args.iter().position(|a| a == "--json").map(|i| PathBuf::from(&args[i + 1]));
 
     let directory = tempfile::TempDir::new().unwrap();
-    let file = filled(directory.path().join("memfile"));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let known = source(&file, PageSize::Small);
+    let store = LocalStore::open(directory.path()).unwrap();
+    let build = runtime.block_on(build(&store));
+    let file = store.path(build, Artifact::Memfile);
+    let source = |page| runtime.block_on(open(&store, build, page));
+    let small = source(PageSize::Small);
     let mut figures: Vec<Vec<f64>> = CASES.iter().map(|_| Vec::new()).collect();
     for round in 0..=rounds {
         for (case, figures) in CASES.iter().zip(&mut figures) {
-            let figure = measure(&runtime, &case.kind, &file, &known);
-            // The first round warms up, and makes the source know all pages.
+            let figure = measure(&runtime, &case.kind, &file, &small);
+            // The first round warms up.
             if round > 0 {
                 figures.push(figure);
             }
@@ -192,7 +198,7 @@ fn main() {
         println!("{:<36}{us:>10.2}{per_second:>11.0}{by_write:>16.2}{by_read:>15.2}", case.name);
         report.push(format!("{{\"case\":\"{}\",\"us_per_page\":{us:.3}}}", case.name));
     }
-    match huge(&runtime, &file, rounds) {
+    match huge(&runtime, &source(PageSize::Huge), rounds) {
         Some(us) => {
             let for_small = us / (HUGE / SMALL) as f64;
             println!(
