@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BUILT := target/x86_64-unknown-linux-gnu/release
 
-.PHONY: help setup build s3-server demo test lint unit testbed testbed-crates conformance bench clean
+.PHONY: help setup build demo test lint unit testbed testbed-crates conformance bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,7 +12,7 @@ setup: ## install what is missing, from the system's packages
 	@scripts/setup.sh
 
 build: setup ## build target/release/nidus, envd and guest-init
-	cargo build --release --workspace --bins
+	cargo build --release --workspace --bins $(WITH)
 	@mkdir -p target/release
 	@for b in nidus envd guest-init; do ln -f $(BUILT)/$$b target/release/$$b; done
 
@@ -26,16 +26,17 @@ lint: ## formatting and clippy, warnings are errors
 unit: ## the crates' own tests
 	cargo test --release --workspace
 
-s3-server: ## build the S3 server that tests keep builds in
-	cargo build --release -p nidus-storage --example s3_server
+# Their S3 server is an example. Built together with the programs, and with the features that the tests
+# bring, no crate is compiled twice.
+test testbed testbed-crates conformance: WITH := --examples
 
-testbed: build s3-server ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
+testbed: build ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
 	$(BUILT)/testbed test --workspace --timeout 7200 --junit target/testbed.xml
 
 testbed-crates: build ## those of the crates alone
 	$(BUILT)/testbed test --workspace --only kvm --only nbd --only memory --only vmm --only firecracker
 
-conformance: build s3-server ## the official SDKs and a daemon under stress, on real VMs
+conformance: build ## the official SDKs and a daemon under stress, on real VMs
 	@conformance/run.sh
 
 test: setup lint unit testbed-crates conformance ## set up, then all tests

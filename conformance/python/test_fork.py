@@ -6,6 +6,7 @@ import pytest
 from e2b import Sandbox, SandboxException, SandboxNotFoundException
 from support.checks import assert_error_body
 from support.counting import builds_of, count_beyond, start_counting, state
+from support.daemon import wait_for
 
 FORKS = 10
 
@@ -43,10 +44,8 @@ def test_ten_forks_go_on_and_diverge(new_sandbox, fork):
         child.files.write("/home/user/name", f"child{n}")
         child.files.write("/home/user/disk", f"changed by {n}")
     for n, child in enumerate(children):
-        deadline = time.monotonic() + 60
-        while (now := state(child))[3] != f"child{n}":
-            assert time.monotonic() < deadline, f"fork {n} does not go on: {now}"
-            time.sleep(0.1)
+        wait_for(f"fork {n} to go on", lambda: state(child)[3] == f"child{n}", 60, every=0.1)
+        now = state(child)
         # The same process, with the memory and the open file that it had, and then its own way.
         assert (now[1], now[2]) == (token, held) and now[0] > before
         assert count_beyond(child, now[0]) > now[0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 from . import sandboxes
+from .daemon import TIME_FACTOR, wait_for
 
-COUNTER = """
+# Ten of them at once are not to be all that a slow machine can do.
+PAUSE = 0.05 * TIME_FACTOR
+COUNTER = f"""
 import os
 import time
 token = os.urandom(8).hex()
@@ -24,9 +26,9 @@ while True:
     held.seek(0)
     name = open("/home/user/name").read() if os.path.exists("/home/user/name") else ""
     with open("/tmp/count.new", "w") as f:
-        f.write(f"{n} {token} {held.read()} {name}")
+        f.write(f"{{n}} {{token}} {{held.read()}} {{name}}")
     os.rename("/tmp/count.new", "/tmp/count")
-    time.sleep(0.05)
+    time.sleep({PAUSE})
 """
 
 
@@ -42,21 +44,18 @@ def count(sandbox) -> int:
 
 
 def count_beyond(sandbox, least, seconds=30):
-    deadline = time.monotonic() + seconds
-    while (seen := count(sandbox)) <= least:
-        assert time.monotonic() < deadline, f"the counter stays at {seen}"
-        time.sleep(0.1)
-    return seen
+    def further():
+        seen = count(sandbox)
+        return seen if seen > least else 0
+
+    return wait_for(f"the counter to go beyond {least}", further, seconds, every=0.1)
 
 
 def start_counting(sandbox) -> int:
     """Starts it and returns its process id once it counts."""
     sandbox.files.write("/home/user/counter.py", COUNTER)
     handle = sandbox.commands.run("exec python3 /home/user/counter.py", background=True, timeout=0)
-    deadline = time.monotonic() + 30
-    while not sandbox.files.exists("/tmp/count"):
-        assert time.monotonic() < deadline, "the counter does not count"
-        time.sleep(0.1)
+    wait_for("the counter to count", lambda: sandbox.files.exists("/tmp/count"), 30, every=0.1)
     return handle.pid
 
 

@@ -1,8 +1,8 @@
 //! Reads of a disk after many pauses, before and after compaction, beside reads after two pauses.
 //!
-//! Each pause stores 5 MiB in runs of 1 to 16 blocks at random places. All data is in the page cache, as
-//! it came from the disk (and not as it was written, in small pieces). Rounds of the three devices
-//! alternate, and medians are compared.
+//! Each pause stores 5 MiB in runs of 1 to 16 blocks at random places. All data is in the page cache, first
+//! as it was written, then as it comes from the disk. Rounds of the three devices alternate, and medians
+//! are compared.
 //!
 //! `cargo bench --profile release -p nidus-block --bench chain`
 
@@ -151,8 +151,16 @@ fn main() {
     let (short, long) = (bench.line(&base, 2), bench.line(&base, 20));
     let (short, before) = (bench.open(&short), bench.open(&long));
     let after = bench.compacted(&long);
-    bench.drop_caches();
     let devices = [("2 pauses", &short), ("20 pauses", &before), ("20 pauses, compacted", &after)];
+    compare("as written", &devices);
+    bench.drop_caches();
+    compare("from the disk", &devices);
+    check_speed(&bench.store, base.build());
+}
+
+/// Times the devices beside each other.
+fn compare(state: &str, devices: &[(&str, &MappedDevice)]) {
+    println!("{state}:");
     let cases: [Case; 2] = [
         ("1 MiB sequential", sequential, SIZE >> 20, "MiB/s"),
         ("4 KiB random", random, RANDOM_READS, "reads/s"),
@@ -175,7 +183,6 @@ fn main() {
             );
         }
     }
-    check_speed(&bench.store, base.build());
 }
 
 /// The sums alone, of bytes in the processor's cache.

@@ -21,8 +21,11 @@ const MAX_BUILDS: usize = 6;
 const MAX_MAPPINGS: usize = 16 << 10;
 /// Up to so many bytes between two pieces that are taken are taken along, so that the three become one.
 const GAP: u64 = 64 << 10;
-/// Blocks are copied in pieces of at most this many bytes.
+/// Blocks are read in pieces of at most this many bytes.
 const PIECE: u64 = 256 << 10;
+/// And written in pieces of this size, at multiples of it: the page cache keeps what is written at
+/// once together, and reads of it are then nearly twice as fast.
+const WRITTEN: usize = 1 << 20;
 
 /// Whether a device with this header would be read notably faster after compaction.
 pub fn wants_compaction(header: &Header) -> bool {
@@ -44,10 +47,10 @@ pub fn compact(
 ) -> Result<Option<Diff>, BlockError> {
     let header = device.header();
     let own = file.metadata().map_err(|e| BlockError::io("inspect", path, e))?.len();
-    let mut stored = own.next_multiple_of(GRANULE);
+    let mut out = Appended { file, path, end: own.next_multiple_of(GRANULE), held: Vec::new() };
     let (mut changed, mut piece) = (Vec::new(), Vec::new());
     for run in runs(header) {
-        let begin = stored;
+        let begin = out.end;
         let mut at = run.start;
         while at < run.end {
             if !go_on() {
@@ -55,17 +58,57 @@ pub fn compact(
             }
             piece.resize((run.end - at).min(PIECE) as usize, 0);
             device.read_blocking(at, &mut piece)?;
-            file.write_all_at(&piece, stored).map_err(|e| BlockError::io("write", path, e))?;
+            out.push(&piece)?;
             at += piece.len() as u64;
-            stored += piece.len() as u64;
         }
         // The device's last block may be short.
-        stored = stored.next_multiple_of(GRANULE);
-        let len = stored - begin;
+        let missing = out.end.next_multiple_of(GRANULE) - out.end;
+        out.push(&vec![0; missing as usize])?;
+        let len = out.end - begin;
         changed.push(Mapping { offset: run.start, len, build: header.build(), build_offset: begin });
     }
+    let stored = out.finish()?;
     let header = header.relocated(&changed)?;
     Ok(Some(Diff { header, stored }))
+}
+
+/// The end of a file, written in large pieces.
+struct Appended<'a> {
+    file: &'a File,
+    path: &'a Path,
+    /// Where the next byte goes.
+    end: u64,
+    /// The last bytes before that, not written yet.
+    held: Vec<u8>,
+}
+
+impl Appended<'_> {
+    fn push(&mut self, mut bytes: &[u8]) -> Result<(), BlockError> {
+        while !bytes.is_empty() {
+            let room = WRITTEN - (self.end % WRITTEN as u64) as usize;
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            self.held.extend_from_slice(now);
+            self.end += now.len() as u64;
+            bytes = later;
+            if self.end.is_multiple_of(WRITTEN as u64) {
+                self.write()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<(), BlockError> {
+        let begin = self.end - self.held.len() as u64;
+        self.file.write_all_at(&self.held, begin).map_err(|e| BlockError::io("write", self.path, e))?;
+        self.held.clear();
+        Ok(())
+    }
+
+    /// Writes what is left; the file's size.
+    fn finish(mut self) -> Result<u64, BlockError> {
+        self.write()?;
+        Ok(self.end)
+    }
 }
 
 /// Whether a piece belongs to neither zeros, the first build nor the device's own.

@@ -53,7 +53,7 @@ struct Size {
     #[arg(long, default_value_t = 6144)]
     memory: u32,
     /// Virtual processors
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     cpus: u32,
     /// Give QEMU's monitor this socket, for a look at a machine that hangs ('info registers -a')
     #[arg(long, value_name = "SOCKET")]
