@@ -1,14 +1,24 @@
 """Builds in a real S3 server: a node that lost its disk resumes from the bucket, and fetches little."""
 
 import contextlib
+import os
+import random
 import time
+from collections import Counter
 
 import pytest
-from e2b import Sandbox
+from e2b import Sandbox, SandboxException
 from support import sandboxes
-from support.counting import count, count_beyond, counting
+from support.counting import builds_of, count, count_beyond, counting, state
 from support.daemon import DEFAULT_DATA_DIR, wait_for
 from support.s3 import BUCKET, S3Server
+
+ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "3"))
+SEED = int(os.environ.get("NIDUS_TEST_SEED") or random.randrange(1 << 32))
+
+# Known bytes on the disk.
+SUM = "sha256sum /home/user/known"
+MAKE = f"head -c 2097152 /dev/urandom > /home/user/known; {SUM}"
 
 STORAGE, CACHE, QUEUE = (DEFAULT_DATA_DIR / name for name in ("storage", "cache", "uploads"))
 
@@ -24,15 +34,18 @@ def remove(path):
 
 @contextlib.contextmanager
 def lost_disk():
-    """The data directory without its builds, and without what was cached of the object store."""
-    away = STORAGE.with_name("storage-away")
-    STORAGE.rename(away)
+    """The data directory without its builds, what of them is yet to be uploaded, and what was cached of the object
+    store."""
+    away = {path: path.with_name(f"{path.name}-away") for path in (STORAGE, QUEUE)}
+    for path, there in away.items():
+        path.rename(there)
     remove(CACHE)
     try:
         yield
     finally:
-        remove(STORAGE)
-        away.rename(STORAGE)
+        for path, there in away.items():
+            remove(path)
+            there.rename(path)
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +140,72 @@ def test_a_killed_sandbox_is_removed_from_the_bucket(make_daemon, host, tmp_path
         uploaded()
         assert not data.exists() or not any(data.iterdir())
         assert set(manifests.iterdir()) == templates
+        assert daemon.terminate() == 0
+    host.assert_clean()
+
+
+@pytest.mark.timeout(240 + 20 * ROUNDS)
+def test_kill_9_in_uploads(make_daemon, host, tmp_path, capsys):
+    """Killed at random moments of an upload, a daemon uploads the rest when it is back. What a node without the build
+    finds in the bucket meanwhile is all of it or nothing."""
+    chance = random.Random(SEED)
+    bucket, paused, found = tmp_path / "s3", [], Counter()
+    manifests = bucket / BUCKET / "builds/builds"
+
+    def start(s3, key=None):
+        daemon = make_daemon(extra_env={**s3.env(), "NIDUS_WARM": "0"}).start()
+        daemon.key = key or daemon.create_key()
+        return daemon
+
+    def pause_one(daemon):
+        sandbox = counting(daemon)
+        known = sandbox.commands.run(MAKE).stdout
+        seen = state(sandbox)
+        assert sandbox.pause(**sandboxes.options(daemon)) is True
+        paused.append((sandbox.sandbox_id, seen, known))
+        return builds_of(sandbox.sandbox_id).pop().name
+
+    def goes_on(daemon, sandbox_id, seen, known):
+        resumed = Sandbox.connect(sandbox_id, timeout=300, **sandboxes.options(daemon))
+        now = state(resumed)
+        assert now[0] >= seen[0] and now[1:] == seen[1:]
+        count_beyond(resumed, now[0])
+        assert resumed.commands.run(SUM).stdout == known
+        return resumed
+
+    # Some of the time of each upload is the bucket's, so that a moment may be between any two requests.
+    with S3Server(bucket, latency_ms=20) as s3:
+        daemon = start(s3)
+        uploaded()
+        pause_one(daemon)
+        began = time.monotonic()
+        uploaded()
+        whole = time.monotonic() - began
+        for n in range(ROUNDS):
+            build = pause_one(daemon)
+            time.sleep(whole * (n + chance.random()) / ROUNDS)  # the moment that is tried
+            daemon.kill9()
+            there = (manifests / build).exists()
+            found["whole" if there else "not there"] += 1
+            with lost_disk():
+                other = start(s3, daemon.key)
+                if there:
+                    goes_on(other, *paused[-1])
+                else:
+                    with pytest.raises(SandboxException):
+                        goes_on(other, *paused[-1])
+                other.kill9()
+            daemon = start(s3, daemon.key)
+            uploaded()
+            assert (manifests / build).exists()
+        assert daemon.terminate() == 0
+    with capsys.disabled():
+        print(f"\nNIDUS_TEST_SEED={SEED}; an upload takes {1000 * whole:.0f} ms; when it was killed: {dict(found)}")
+    with lost_disk(), S3Server(bucket) as s3:
+        daemon = start(s3, daemon.key)
+        for one in paused:
+            assert goes_on(daemon, *one).kill(**sandboxes.options(daemon)) is True
+        uploaded()
         assert daemon.terminate() == 0
     host.assert_clean()
 
