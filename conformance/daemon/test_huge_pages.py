@@ -8,7 +8,7 @@ import pytest
 from e2b import Sandbox
 from support import sandboxes
 from support.counting import count, count_beyond, counting
-from support.daemon import DEFAULT_DATA_DIR, wait_for
+from support.daemon import wait_for
 
 pytestmark = pytest.mark.skipif(os.environ.get("NIDUS_VMM") != "firecracker", reason="only Firecracker gives a guest huge pages")
 
@@ -52,4 +52,3 @@ def test_a_host_without_them_says_so(make_daemon, host, pool):
     assert daemon.spawn().wait(300) == 1
     assert re.search(r"129 huge pages.* 0 .*vm.nr_hugepages", daemon.log(1)), daemon.log()
     host.assert_clean()
-    (DEFAULT_DATA_DIR / "base-template.json").unlink(missing_ok=True)

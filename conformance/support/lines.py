@@ -1,7 +1,10 @@
 """pytest plugin: a line for each test as it ends, in the form of Rust's test programs, for the test bed.
 
-`test test_files.py::test_name ... ok`, or `FAILED`, or `ignored, REASON`.
+`test test_files.py::test_name ... ok`, or `FAILED`, or `ignored, REASON`. What failed is told at once: the machine may
+not live to the end.
 """
+
+import textwrap
 
 import pytest
 
@@ -19,6 +22,9 @@ class Lines:
         outcome = self.outcomes.get(report.nodeid, "ok")
         if report.failed:
             outcome = "FAILED"
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.ensure_newline()
+            terminal.write_line(textwrap.indent(report.longreprtext, "    "), flush=True)
         elif report.skipped and outcome == "ok":
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
             outcome = "ignored, " + " ".join(reason.removeprefix("Skipped: ").split())

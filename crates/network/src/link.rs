@@ -125,7 +125,11 @@ pub fn configure_host(a: &Addresses) -> Result<(), NetworkError> {
 pub fn remove_veth(name: &str) -> Result<(), NetworkError> {
     with_handle(async |handle| {
         let Ok(veth) = index(&handle, name).await else { return Ok(()) };
-        handle.link().del(veth).execute().await.map_err(fail(format!("remove {name}")))
+        match handle.link().del(veth).execute().await {
+            // The kernel was removing it too, with its namespace.
+            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::ENODEV => Ok(()),
+            done => done.map_err(fail(format!("remove {name}"))),
+        }
     })
 }
 

@@ -393,7 +393,7 @@ impl Sandbox {
         let limit = self.inner.config.envd_limit;
         self.machine.slot().set_internet(self.spec.allow_internet).await?;
         let failed = self.machine.failed();
-        self.machine.vm().resume().await?;
+        self.machine.resume().await?;
         // Two clones of one snapshot share the state of the kernel's random generator until
         // this is mixed in; nothing but envd runs before.
         let mut seed = [0u8; 64];

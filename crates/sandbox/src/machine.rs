@@ -10,9 +10,8 @@ use nidus_storage::BuildId;
 use nidus_template::{DiskError, RootDisk, VmHost};
 use nidus_vmm::{Disk, Memory, MemoryDoor, Vm, VmConfig, VmmError};
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 
-use crate::served::{self, MemoryError, ServedMemory};
+use crate::served::{self, MemoryError, ServedMemory, Serving};
 use crate::{CreateError, KillError, OpenTemplate};
 
 /// A VM that stands at its template's snapshot, or runs on from there.
@@ -84,7 +83,7 @@ impl Machine {
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>), CreateError> {
         let (host, m) = (parts.host, &template.metadata);
         let snapfile = template.open_snapfile().await?;
-        let (memory, serving) = match host.vmm.needs().memory {
+        let (memory, mut serving) = match host.vmm.needs().memory {
             MemoryDoor::Memfile => (Memory::Private(template.open_memfile().await?), None),
             MemoryDoor::Own => {
                 let source = template.page_source();
@@ -108,16 +107,23 @@ impl Machine {
             advance_clock: false,
         };
         let mut vm = host.vmm.prepare(config).await?;
-        if let Err(e) = vm.load(snapfile).await {
-            let e = not_loaded(vm, serving, e).await;
-            return Err(match template.memfile_failure() {
-                Some(cause) => CreateError::Ended(format!("{e}; {cause}")),
-                None => e,
-            });
+        let unserved = async {
+            match &mut serving {
+                Some(serving) => serving.failed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let loaded = tokio::select! {
+            biased;
+            loaded = vm.load(snapfile) => loaded.map_err(Some),
+            () = unserved => Err(None),
+        };
+        if let Err(e) = loaded {
+            return Err(not_loaded(vm, serving, e, template).await);
         }
         let memory = match serving {
             None => None,
-            Some(serving) => match served::finish(serving).await {
+            Some(serving) => match serving.finish().await {
                 Ok(memory) => Some(memory),
                 Err(e) => {
                     // The VM first: nobody may answer its faults with zeros.
@@ -147,27 +153,36 @@ impl Machine {
     /// served, its disk is lost.
     pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
         let (mut exit, lost) = (self.vm.exit(), self.disk.lost());
-        let memory = self.memory.as_ref().map(ServedMemory::failed);
-        let template = self.template.clone();
+        let (memory, template) = (self.memory.clone(), self.template.clone());
         async move {
-            let memory = async {
-                match memory {
-                    Some(failed) => failed.await,
+            let ended = |status| match memory_failure(&template, memory.as_ref()) {
+                Some(cause) => format!("the VM ended by itself ({status}); {cause}"),
+                None => format!("the VM ended by itself ({status})"),
+            };
+            let failed = async {
+                match &memory {
+                    Some(memory) => memory.failed().await,
                     None => std::future::pending().await,
                 }
             };
             let reason = tokio::select! {
                 biased;
-                status = exit.wait() => return ended(&status, &template),
-                reason = memory => reason,
+                status = exit.wait() => return ended(status),
+                reason = failed => reason,
                 () = lost.cancelled() => "the connection of its root disk was lost".to_owned(),
             };
             // A VMM that ends closes its connections first, and then its end says more.
             match tokio::time::timeout(EXIT_NOTICE, exit.wait()).await {
-                Ok(status) => ended(&status, &template),
+                Ok(status) => ended(status),
                 Err(_) => reason,
             }
         }
+    }
+
+    /// Lets the guest run on.
+    pub async fn resume(&mut self) -> Result<(), CreateError> {
+        let done = self.vm.resume().await;
+        done.map_err(|e| caused(e, memory_failure(&self.template, self.memory.as_ref())))
     }
 
     /// Its slot.
@@ -227,34 +242,48 @@ impl Machine {
     }
 }
 
-/// The reason of a VM that ended: a page of its memory that could not be read, if there was one.
-fn ended(status: &impl std::fmt::Display, template: &OpenTemplate) -> String {
-    match template.memfile_failure() {
-        Some(cause) => format!("the VM ended by itself ({status}); {cause}"),
-        None => format!("the VM ended by itself ({status})"),
+/// Why a VM's memory could not be read, if that is so.
+fn memory_failure(template: &OpenTemplate, memory: Option<&ServedMemory>) -> Option<String> {
+    template.memfile_failure().map(str::to_owned).or_else(|| memory.and_then(ServedMemory::failure))
+}
+
+/// What a VMM said, with the page of its memory that could not be read, if there was one.
+fn caused(e: VmmError, cause: Option<String>) -> CreateError {
+    match cause {
+        Some(cause) => CreateError::Ended(format!("{e}; {cause}")),
+        None => e.into(),
     }
 }
 
 /// Ends a VM that could not load its state, then the server of its memory, which waits for its VMM
-/// until then; of the two errors, the one that comes first in the chain of causes.
+/// until then; of the two errors, the one that comes first in the chain of causes. Without an error of the VMM,
+/// it was its memory.
 async fn not_loaded(
     vm: Box<dyn Vm>,
-    serving: Option<JoinHandle<Result<ServedMemory, MemoryError>>>,
-    e: VmmError,
+    serving: Option<Serving>,
+    e: Option<VmmError>,
+    template: &OpenTemplate,
 ) -> CreateError {
     if let Err(also) = vm.kill().await {
         tracing::warn!("while a VM that did not load was killed: {also}");
     }
-    let Some(serving) = serving else { return e.into() };
-    match served::finish(serving).await {
-        Ok(memory) => {
-            memory.stop().await;
-            e.into()
-        }
-        Err(MemoryError::NotAsked) => e.into(),
-        Err(cause) => {
-            tracing::debug!("the VMM's view of it: {e}");
-            cause.into()
-        }
+    let memory = match serving {
+        None => None,
+        Some(serving) => match serving.finish().await {
+            Ok(memory) => Some(memory),
+            Err(MemoryError::NotAsked) => None,
+            Err(cause) => {
+                tracing::debug!("the VMM's view of it: {e:?}");
+                return cause.into();
+            }
+        },
+    };
+    let cause = memory_failure(template, memory.as_ref());
+    if let Some(memory) = memory {
+        memory.stop().await;
+    }
+    match e {
+        Some(e) => caused(e, cause),
+        None => CreateError::Ended(cause.unwrap_or_else(|| "its memory could not be served".to_owned())),
     }
 }

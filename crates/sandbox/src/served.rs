@@ -42,39 +42,65 @@ pub enum MemoryError {
     NoFile,
 }
 
-/// The server of one VM's memory. The VM must have ended before this is stopped or dropped: a page
-/// that nobody answers for reads as zeros.
-#[derive(Debug)]
+/// The server of one VM's memory. The VM must have ended before this is stopped or its last clone is dropped: a
+/// page that nobody answers for reads as zeros.
+#[derive(Debug, Clone)]
 pub struct ServedMemory {
     handler: Arc<Handler>,
     /// The connection, of a VMM that keeps it.
     connection: Option<CancellationToken>,
 }
 
-/// Serves what comes through `connection` while the VMM loads its state.
-pub fn serve(
-    connection: oneshot::Receiver<StdUnixStream>,
-    source: Arc<dyn PageSource>,
-) -> JoinHandle<Result<ServedMemory, MemoryError>> {
-    tokio::spawn(async move {
+/// A VM's memory while the VMM loads its state: served as soon as the VMM has handed it over.
+#[derive(Debug)]
+pub struct Serving {
+    task: JoinHandle<Result<ServedMemory, MemoryError>>,
+    done: Option<Result<ServedMemory, MemoryError>>,
+}
+
+/// Serves what comes through `connection`.
+pub fn serve(connection: oneshot::Receiver<StdUnixStream>, source: Arc<dyn PageSource>) -> Serving {
+    let task = tokio::spawn(async move {
         let stream = connection.await.map_err(|_| MemoryError::NotAsked)?;
         stream.set_nonblocking(true).map_err(MemoryError::Connection)?;
         let stream = UnixStream::from_std(stream).map_err(MemoryError::Connection)?;
         let handshake = Handshake::receive(stream, source.size(), HANDSHAKE_LIMIT).await?;
         let handler = Handler::start(handshake, source, Config::default())?;
         Ok(ServedMemory { handler: Arc::new(handler), connection: None })
-    })
+    });
+    Serving { task, done: None }
 }
 
-/// The server that [`serve`] started, once the VMM has loaded its state.
-pub async fn finish(
-    serving: JoinHandle<Result<ServedMemory, MemoryError>>,
-) -> Result<ServedMemory, MemoryError> {
-    let served = serving.await.unwrap_or_else(|e| Err(MemoryError::Connection(std::io::Error::other(e))));
-    served.map(|memory| {
+impl Serving {
+    async fn served(&mut self) -> &Result<ServedMemory, MemoryError> {
+        let task = &mut self.task;
+        match &mut self.done {
+            Some(done) => done,
+            empty => {
+                let done = task.await;
+                empty.insert(done.unwrap_or_else(|e| Err(MemoryError::Connection(std::io::Error::other(e)))))
+            }
+        }
+    }
+
+    /// Resolves when the memory can be served no longer: a VMM that still loads waits for it in vain. Can be
+    /// dropped at any time.
+    pub async fn failed(&mut self) {
+        if let Ok(memory) = self.served().await {
+            memory.failed().await;
+        } else {
+            // The VMM learns of it.
+            std::future::pending().await
+        }
+    }
+
+    /// The server, once the VMM has loaded its state or is gone.
+    pub async fn finish(mut self) -> Result<ServedMemory, MemoryError> {
+        self.served().await;
+        let memory = self.done.unwrap_or(Err(MemoryError::NotAsked))?;
         let connection = memory.handler.disconnected();
-        ServedMemory { connection: (!connection.is_cancelled()).then_some(connection), ..memory }
-    })
+        Ok(ServedMemory { connection: (!connection.is_cancelled()).then_some(connection), ..memory })
+    }
 }
 
 impl ServedMemory {
@@ -90,6 +116,11 @@ impl ServedMemory {
         {
             tracing::debug!("a recording of other memory was not used");
         }
+    }
+
+    /// Why it can be served no longer, if that is so.
+    pub fn failure(&self) -> Option<String> {
+        self.handler.failure().map(|e| e.to_string())
     }
 
     /// Resolves when the memory can be served no longer, with the reason; the VM must be killed

@@ -174,6 +174,11 @@ impl Handler {
         }
     }
 
+    /// Why it can go on no further, if that is so.
+    pub fn failure(&self) -> Option<Arc<HandlerError>> {
+        self.vm.outcome.borrow().as_ref().and_then(|outcome| outcome.as_ref().err().cloned())
+    }
+
     /// Cancelled when the VMM's end of the connection was closed while its process is known: some versions
     /// of Firecracker do that as soon as they have handed their memory over, others keep it for life.
     pub fn disconnected(&self) -> CancellationToken {
