@@ -4,7 +4,8 @@ import json
 
 import httpx
 import pytest
-from e2b import Sandbox, SandboxException, SandboxState
+from e2b import Sandbox, SandboxState
+from e2b.exceptions import ServiceBusyException
 from support.checks import assert_error_body
 from support.counting import builds_of, count_beyond, start_counting, state
 from support.daemon import wait_for
@@ -148,9 +149,8 @@ def test_a_guest_that_does_not_answer_is_not_paused(new_sandbox, sandbox_url):
 
     sandbox.commands.run("(sleep 1; kill -STOP $(pgrep -x envd)) > /dev/null 2>&1 &", user="root")
     wait_for("envd to stand still", is_silent, 30, every=0.2)
-    with pytest.raises(SandboxException, match="runs on") as refused:
+    with pytest.raises(ServiceBusyException, match="runs on"):
         sandbox.pause(mode="filesystem", request_timeout=120)
-    assert "503" in str(refused.value)
     assert sandbox.get_info().state == SandboxState.RUNNING
     assert builds_of(sandbox.sandbox_id) == set()
 

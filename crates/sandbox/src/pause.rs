@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use nidus_envd_protocol::{Client, ENVD_PORT, StartCommand};
+use nidus_envd_protocol::{Client, ENVD_PORT, EnvdClient, StartCommand};
 
 use crate::SaveError;
 use crate::factory::Sandbox;
 use crate::saving::{SaveSpec, Saved, publish, take};
 
+/// Longest wait for a guest's answer, before it is asked to do anything.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for a guest that writes its cached files to its disk.
 const SYNC_LIMIT: Duration = Duration::from_secs(60);
 
@@ -40,7 +42,9 @@ impl Sandbox {
         if !spec.filesystem_only {
             return Ok(());
         }
-        let client = Client::direct(SocketAddr::from((self.host_ip(), ENVD_PORT)));
+        let envd = SocketAddr::from((self.host_ip(), ENVD_PORT));
+        EnvdClient::new(envd, None).health(ANSWER_LIMIT).await.map_err(|e| SaveError::Sync(e.to_string()))?;
+        let client = Client::direct(envd);
         let client = match self.guest_state().access_token {
             Some(token) => client.access_token(&token),
             None => Ok(client),
