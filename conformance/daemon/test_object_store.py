@@ -99,18 +99,21 @@ def test_a_sandbox_without_memory_boots_from_the_bucket(make_daemon, host, tmp_p
         sandbox.files.write("/home/user/note", "kept")
         assert sandbox.pause(mode="filesystem", **sandboxes.options(first)) is True
         uploaded()
+        assert first.terminate() == 0
         with lost_disk():
-            began = time.monotonic()
-            resumed = Sandbox.connect(sandbox.sandbox_id, timeout=600, request_timeout=180, **sandboxes.options(first))
+            second = make_daemon(extra_env={**s3.env(), "NIDUS_WARM": "0"}).start()
+            second.key = first.key
+            mine, began = sandboxes.options(second), time.monotonic()
+            resumed = Sandbox.connect(sandbox.sandbox_id, timeout=600, request_timeout=180, **mine)
             assert resumed.files.read("/home/user/note") == "kept"
             print(f"booted from the bucket in {time.monotonic() - began:.1f} s")
             # Its next pause is a build like any other.
-            assert resumed.pause(**sandboxes.options(first)) is True
-            resumed = Sandbox.connect(sandbox.sandbox_id, timeout=600, **sandboxes.options(first))
+            assert resumed.pause(**mine) is True
+            resumed = Sandbox.connect(sandbox.sandbox_id, timeout=600, **mine)
             assert resumed.files.read("/home/user/note") == "kept"
-            assert resumed.kill(**sandboxes.options(first)) is True
+            assert resumed.kill(**mine) is True
             uploaded()
-        assert first.terminate() == 0
+            assert second.terminate() == 0
     host.assert_clean()
 
 
