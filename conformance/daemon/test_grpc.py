@@ -4,6 +4,7 @@ import importlib
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -181,6 +182,38 @@ def test_checkpoint(node, delete_build, template_config):
         stub.Delete(messages.SandboxDeleteRequest(sandbox_id=sandbox))
     delete_build(build_id)
     assert status_of(lambda: delete_build(build_id))[0] == grpc.StatusCode.NOT_FOUND
+
+
+def test_pause_of_the_disk_alone(node, delete_build, template_config):
+    messages, stub = node
+    create = request(messages, template_config, 300)
+    # The template has a memory, which is left out.
+    create.filesystem_boot = True
+    assert stub.Create(create).filesystem_boot_applied is True
+    create.ClearField("filesystem_boot")
+    sandbox_id, build_id = create.sandbox.sandbox_id, str(uuid.uuid4())
+    pause = messages.SandboxPauseRequest(
+        sandbox_id=sandbox_id, template_id=template_config.template_id, build_id=build_id, filesystem_only=True)
+    said = stub.Pause(pause).scheduling_metadata
+    assert (list(said.memfile_build_ids), said.memfile_base_build_id) == ([], "")
+    assert build_id in said.rootfs_build_ids and said.rootfs_base_build_id == template_config.build_id
+    # Two at once, each in a memory of its own.
+    children = [request(messages, template_config, 300, build_id=build_id, snapshot=True) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(stub.Create, children))
+    assert [a.filesystem_boot_applied for a in answers] == [True, True]
+    # Each can be stored and resumed again; what it stores of its memory begins with that build.
+    for child in children:
+        mine, again = str(uuid.uuid4()), child.sandbox.sandbox_id
+        said = stub.Pause(messages.SandboxPauseRequest(
+            sandbox_id=again, template_id=template_config.template_id, build_id=mine)).scheduling_metadata
+        assert (list(said.memfile_build_ids), said.memfile_base_build_id) == ([mine], mine)
+        assert said.rootfs_base_build_id == template_config.build_id
+        child.sandbox.build_id = mine
+        assert stub.Create(child).filesystem_boot_applied is False
+        stub.Delete(messages.SandboxDeleteRequest(sandbox_id=again))
+        delete_build(mine)
+    delete_build(build_id)
 
 
 def test_health_over_http_on_the_same_port(shared_daemon):

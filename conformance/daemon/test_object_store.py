@@ -91,6 +91,35 @@ def test_a_node_without_its_disk_resumes_from_the_bucket(make_daemon, host, tmp_
     host.assert_clean()
 
 
+def test_a_sandbox_without_memory_boots_from_the_bucket(make_daemon, host, tmp_path):
+    with S3Server(tmp_path / "s3") as s3:
+        first = make_daemon(extra_env=s3.env()).start()
+        first.create_key()
+        sandbox = sandboxes.create(first)
+        sandbox.files.write("/home/user/note", "kept")
+        assert sandbox.pause(mode="filesystem", **sandboxes.options(first)) is True
+        uploaded()
+        assert first.terminate() == 0
+        with lost_disk():
+            second = make_daemon(extra_env={**s3.env(), "NIDUS_WARM": "0"}).start()
+            second.key = first.key
+            mine, began = sandboxes.options(second), time.monotonic()
+            resumed = Sandbox.connect(sandbox.sandbox_id, timeout=600, request_timeout=180, **mine)
+            assert resumed.files.read("/home/user/note") == "kept"
+            print(f"booted from the bucket in {time.monotonic() - began:.1f} s")
+            # Its next pause is a build like any other.
+            assert resumed.pause(**mine) is True
+            resumed = Sandbox.connect(sandbox.sandbox_id, timeout=600, **mine)
+            assert resumed.files.read("/home/user/note") == "kept"
+            assert resumed.kill(**mine) is True
+            uploaded()
+            assert second.terminate() == 0
+    # The node that killed it had lost this.
+    for build in builds_of(sandbox.sandbox_id):
+        remove(build)
+    host.assert_clean()
+
+
 def test_what_a_first_node_needed_is_stored_for_a_second(make_daemon, host, tmp_path):
     with S3Server(tmp_path / "s3") as s3:
         first = make_daemon(extra_env=s3.env()).start()

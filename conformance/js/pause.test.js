@@ -37,3 +37,17 @@ test('a paused sandbox is listed as such and can be killed', async () => {
   assert.equal(await listed('paused'), false)
   await rejection(Sandbox.connect(sbx.sandboxId), SandboxNotFoundError)
 })
+
+test('a pause that keeps the disk alone ends processes and keeps files', async () => {
+  const sbx = await newSandbox()
+  const bootId = async (s) => (await s.commands.run('cat /proc/sys/kernel/random/boot_id')).stdout
+  const before = await bootId(sbx)
+  await sbx.commands.run('sleep 600', { background: true, timeoutMs: 0 })
+  await sbx.files.write('/home/user/note', 'before')
+  assert.equal(await sbx.pause({ keepMemory: false }), true)
+  const other = await Sandbox.connect(sbx.sandboxId, { onResume: 'reboot', requestTimeoutMs: 180_000 })
+  assert.notEqual(await bootId(other), before)
+  assert.equal(await other.files.read('/home/user/note'), 'before')
+  const commands = (await other.commands.list()).map((p) => [p.cmd, ...p.args].join(' '))
+  assert.ok(!commands.some((c) => c.includes('sleep 600')), commands.join('; '))
+})

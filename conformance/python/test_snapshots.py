@@ -5,7 +5,7 @@ import uuid
 import pytest
 from e2b import NotFoundException, Sandbox, SandboxException, SandboxNotFoundException
 from support.checks import assert_error_body
-from support.counting import builds_of, count_beyond, start_counting, state
+from support.counting import builds_of, count, count_beyond, start_counting, state
 
 
 @pytest.fixture
@@ -56,6 +56,35 @@ def test_sandboxes_of_a_snapshot_go_on_from_it(new_sandbox, snapshot):
     assert (first.get_info().metadata, second.get_info().metadata) == ({"m": "1"}, {})
     assert first.commands.run("od -An -N16 -tx1 /dev/urandom").stdout != second.commands.run(
         "od -An -N16 -tx1 /dev/urandom").stdout
+
+
+def test_a_snapshot_of_the_disk_alone_is_booted(new_sandbox, snapshot):
+    source = new_sandbox(envs={"FROM": "source"}, timeout=600)
+    start_counting(source)
+    # In the guest's cache at most.
+    source.files.write("/home/user/note", "in the snapshot")
+    seen, boot = count_beyond(source, 2), "cat /proc/sys/kernel/random/boot_id"
+    snap = snapshot(source, mode="filesystem")
+    (build,) = builds_of(source.sandbox_id)
+    assert {path.name for path in build.iterdir()} == {"rootfs.ext4", "rootfs.ext4.header", "metadata.json", "checksums"}
+    source.files.write("/home/user/note", "after the snapshot")
+    assert count_beyond(source, seen) > seen, "the source runs on"
+    made = [new_sandbox(template=snap.snapshot_id, timeout=600, request_timeout=180) for _ in range(2)]
+    boots = {s.commands.run(boot).stdout for s in [source, *made]}
+    assert len(boots) == 3
+    for sandbox in made:
+        assert sandbox.files.read("/home/user/note") == "in the snapshot"
+        assert not [p for p in sandbox.commands.list() if "counter.py" in " ".join([p.cmd, *p.args])]
+        said = sandbox.commands.run('echo "$FROM $E2B_SANDBOX_ID"').stdout
+        assert said == f"source {sandbox.sandbox_id}\n"
+    # From here on it is like any other.
+    made[0].files.remove("/tmp/count")
+    start_counting(made[0])
+    _, token, *_ = state(made[0])
+    made[0].pause()
+    made[0].connect(timeout=600)
+    assert state(made[0])[1] == token
+    assert count(source) > seen
 
 
 def test_lists_and_deletion(new_sandbox, snapshot, api):

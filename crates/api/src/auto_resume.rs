@@ -7,6 +7,7 @@ use nidus_proto::node::{SandboxAutoResumeConfig, SandboxConfig};
 
 use crate::auth::Team;
 use crate::pause::to_its_end;
+use crate::store::SnapshotRow;
 use crate::{Api, ApiError};
 
 /// Any request resumes it.
@@ -36,7 +37,9 @@ impl Api {
     }
 
     async fn wake(self: &Arc<Self>, id: &str) -> Result<bool, ApiError> {
-        let Some(known) = self.store.newest_snapshot(id).await?.filter(|s| is_on(&s.config)) else {
+        // Nothing of what traffic would talk to is left of one without memory: it takes an explicit request.
+        let wakes = |s: &SnapshotRow| is_on(&s.config) && !s.filesystem_only;
+        let Some(known) = self.store.newest_snapshot(id).await?.filter(wakes) else {
             return Ok(false);
         };
         let (api, id) = (self.clone(), id.to_owned());
@@ -50,7 +53,7 @@ impl Api {
             let asked = known.config.auto_resume.map_or(0, |r| r.timeout_seconds);
             let asked = TimeDelta::seconds(asked.try_into().unwrap_or_default());
             let length = asked.max(api.default_length());
-            api.resume(&team, &id, length, None).await.map(|_| true)
+            api.resume(&team, &id, length, None, false).await.map(|_| true)
         })
         .await
     }

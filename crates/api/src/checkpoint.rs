@@ -52,15 +52,20 @@ impl Drop for Checkpoint {
 }
 
 impl Api {
-    async fn checkpoint(self: &Arc<Self>, s: &RunningSandbox) -> Result<Checkpoint, ApiError> {
+    async fn checkpoint(
+        self: &Arc<Self>,
+        s: &RunningSandbox,
+        filesystem_only: bool,
+    ) -> Result<Checkpoint, ApiError> {
         let mut config = s.config.clone().unwrap_or_default();
         config.build_id = Uuid::new_v4().to_string();
         config.snapshot = true;
-        // They are in the guest's memory.
+        // The build has them.
         config.env_vars.clear();
         let request = SandboxCheckpointRequest {
             sandbox_id: config.sandbox_id.clone(),
             build_id: config.build_id.clone(),
+            filesystem_only,
             ..Default::default()
         };
         self.in_hand.0.lock().insert(config.build_id.clone());
@@ -93,10 +98,11 @@ impl Api {
         team: &Team,
         id: &str,
         name: Option<&str>,
+        filesystem_only: bool,
     ) -> Result<TemplateRow, ApiError> {
         let _turn = self.turns.take(id).await;
         let s = self.to_checkpoint(team, id).await?;
-        let checkpoint = self.checkpoint(&s).await?;
+        let checkpoint = self.checkpoint(&s, filesystem_only).await?;
         let config = &checkpoint.config;
         match self.store.keep_checkpoint(name, config).await? {
             Some(kept) => Ok(kept),
@@ -119,13 +125,13 @@ impl Api {
         let checkpoint = {
             let _turn = self.turns.take(id).await;
             let s = self.to_checkpoint(team, id).await?;
-            self.checkpoint(&s).await?
+            self.checkpoint(&s, false).await?
         };
         let mut starting = JoinSet::new();
         for _ in 0..count {
             let child = child_of(&checkpoint.config)?;
             let api = self.clone();
-            starting.spawn(async move { api.start_sandbox(child, length).await });
+            starting.spawn(async move { api.start_sandbox(child, length, false).await });
         }
         let mut results = Vec::new();
         while let Some(done) = starting.join_next().await {
@@ -207,14 +213,13 @@ pub async fn snapshot(
     Path(id): Path<String>,
     OptionalInput(request): OptionalInput<SnapshotRequest>,
 ) -> Result<(StatusCode, Json<SnapshotInfo>), ApiError> {
-    if request.memory == Some(false) {
-        return Err(ApiError::not_yet("memory: false"));
-    }
+    let filesystem_only = request.memory == Some(false);
     let name = request.name.filter(|n| !n.is_empty()).map(|n| plain_name(&n).to_owned());
     if let Some(name) = &name {
         check_name(name)?;
     }
-    let made = to_its_end(async move { api.snapshot(&team, &id, name.as_deref()).await }).await?;
+    let made =
+        to_its_end(async move { api.snapshot(&team, &id, name.as_deref(), filesystem_only).await }).await?;
     Ok((StatusCode::CREATED, Json(info(&made))))
 }
 

@@ -122,9 +122,16 @@ pub struct TimeoutRequest {
     pub timeout: i64,
 }
 
+#[derive(Debug, Deserialize)]
+pub struct OldConnectRequest {
+    pub timeout: i64,
+    pub memory: Option<bool>,
+}
+
 #[derive(Debug, Default, Deserialize)]
 pub struct ConnectRequest {
     pub timeout: Option<i64>,
+    pub memory: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::auth::Team;
 use crate::input::{Input, OptionalInput};
 use crate::list;
-use crate::model::{ConnectRequest, PauseRequest, ResumeRequest, Sandbox, TimeoutRequest};
+use crate::model::{ConnectRequest, OldConnectRequest, PauseRequest, ResumeRequest, Sandbox};
 use crate::sandboxes::{extend, not_found, shown, time, timestamp};
 use crate::store::SnapshotRow;
 use crate::{Api, ApiError, expiry};
@@ -75,7 +75,7 @@ impl Api {
         Ok(self.store.snapshots_of(&team.id, id).await?.into_iter().find(|s| s.paused))
     }
 
-    async fn pause(&self, team: &Team, id: &str) -> Result<(), ApiError> {
+    async fn pause(&self, team: &Team, id: &str, filesystem_only: bool) -> Result<(), ApiError> {
         let Some(s) = self.running(team, id).await? else {
             return Err(match self.paused(team, id).await? {
                 Some(_) => conflict(format!("Sandbox \"{}\" is already paused", shown(id))),
@@ -85,15 +85,15 @@ impl Api {
         let mut config = s.config.clone().unwrap_or_default();
         config.build_id = Uuid::new_v4().to_string();
         config.snapshot = true;
-        // They are in the guest's memory.
+        // The build has them.
         config.env_vars.clear();
         // Noted first: if the daemon ends meanwhile, its next start finds out what became of it.
-        self.store.begin_pause(&config, time(s.start_time)).await?;
+        self.store.begin_pause(&config, time(s.start_time), filesystem_only).await?;
         let request = SandboxPauseRequest {
             sandbox_id: id.to_owned(),
             template_id: config.template_id.clone(),
             build_id: config.build_id.clone(),
-            filesystem_only: false,
+            filesystem_only,
         };
         if let Err(s) = self.nodes.sandboxes().pause(request).await {
             // A node that cannot be asked may have paused it all the same.
@@ -116,7 +116,10 @@ impl Api {
     pub(crate) async fn pause_when_due(&self, team: &Team, id: &str) -> Result<(), ApiError> {
         let _turn = self.turns.take(id).await;
         match self.running(team, id).await? {
-            Some(s) if expiry::is_due(&s) => self.pause(team, id).await,
+            Some(s) if expiry::is_due(&s) => {
+                let disk_only = s.config.as_ref().is_some_and(|c| c.auto_pause_filesystem_only);
+                self.pause(team, id, disk_only).await
+            }
             _ => Ok(()),
         }
     }
@@ -137,18 +140,20 @@ impl Api {
         Ok(true)
     }
 
+    /// Resumes it. With `reboot`, its memory is to be left out.
     pub(crate) async fn resume(
         &self,
         team: &Team,
         id: &str,
         length: TimeDelta,
         auto_pause: Option<bool>,
+        reboot: bool,
     ) -> Result<Sandbox, ApiError> {
         let Some(paused) = self.paused(team, id).await? else { return Err(not_found(id)) };
         let mut config = paused.config;
         config.execution_id = Uuid::new_v4().to_string();
         config.auto_pause = auto_pause.unwrap_or(config.auto_pause);
-        self.start_sandbox(config, length).await
+        self.start_sandbox(config, length, reboot).await
     }
 
     /// Ends it if it runs, and deletes its pauses.
@@ -176,12 +181,13 @@ impl Api {
         if found { Ok(()) } else { Err(not_found(id)) }
     }
 
-    /// Extends a running one, resumes a paused one.
+    /// Extends a running one, whatever `reboot` says; resumes a paused one.
     async fn connect(
         &self,
         team: &Team,
         id: &str,
         length: TimeDelta,
+        reboot: bool,
     ) -> Result<(StatusCode, Sandbox), ApiError> {
         if let Some(s) = self.running(team, id).await? {
             match extend(self, &s, length).await {
@@ -193,7 +199,7 @@ impl Api {
         }
         // A client that says 0 wants to look at what runs; what is resumed must live a while.
         let length = if length.is_zero() { self.default_length() } else { length };
-        Ok((StatusCode::CREATED, self.resume(team, id, length, None).await?))
+        Ok((StatusCode::CREATED, self.resume(team, id, length, None, reboot).await?))
     }
 
     pub(crate) fn default_length(&self) -> TimeDelta {
@@ -244,12 +250,9 @@ pub async fn pause(
     Path(id): Path<String>,
     OptionalInput(request): OptionalInput<PauseRequest>,
 ) -> Result<StatusCode, ApiError> {
-    if request.memory == Some(false) {
-        return Err(ApiError::not_yet("memory: false"));
-    }
     to_its_end(async move {
         let _turn = api.turns.take(&id).await;
-        api.pause(&team, &id).await
+        api.pause(&team, &id, request.memory == Some(false)).await
     })
     .await?;
     Ok(StatusCode::NO_CONTENT)
@@ -261,9 +264,6 @@ pub async fn resume(
     Path(id): Path<String>,
     OptionalInput(request): OptionalInput<ResumeRequest>,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
-    if request.memory == Some(false) {
-        return Err(ApiError::not_yet("memory: false"));
-    }
     let length = request.timeout.map_or(Ok(api.default_length()), |t| api.timeout(t))?;
     if length.is_zero() {
         return Err(ApiError::bad("The timeout of a resumed sandbox is at least 1 s"));
@@ -273,7 +273,7 @@ pub async fn resume(
         if api.running(&team, &id).await?.is_some() {
             return Err(conflict(format!("Sandbox \"{}\" is already running", shown(&id))));
         }
-        api.resume(&team, &id, length, request.auto_pause).await
+        api.resume(&team, &id, length, request.auto_pause, request.memory == Some(false)).await
     });
     Ok((StatusCode::CREATED, Json(made.await?)))
 }
@@ -283,11 +283,12 @@ async fn connect_for(
     team: Team,
     id: String,
     seconds: i64,
+    memory: Option<bool>,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
     let length = api.timeout(seconds)?;
     let connected = to_its_end(async move {
         let _turn = api.turns.take(&id).await;
-        api.connect(&team, &id, length).await
+        api.connect(&team, &id, length, memory == Some(false)).await
     });
     let (status, sandbox) = connected.await?;
     Ok((status, Json(sandbox)))
@@ -297,9 +298,9 @@ pub async fn connect(
     State(api): Shared,
     team: Team,
     Path(id): Path<String>,
-    Input(request): Input<TimeoutRequest>,
+    Input(request): Input<OldConnectRequest>,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
-    connect_for(api, team, id, request.timeout).await
+    connect_for(api, team, id, request.timeout, request.memory).await
 }
 
 pub async fn connect_v2(
@@ -309,7 +310,7 @@ pub async fn connect_v2(
     OptionalInput(request): OptionalInput<ConnectRequest>,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
     let default = api.config.default_timeout.as_secs().cast_signed();
-    connect_for(api, team, id, request.timeout.unwrap_or(default)).await
+    connect_for(api, team, id, request.timeout.unwrap_or(default), request.memory).await
 }
 
 pub async fn kill(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<StatusCode, ApiError> {

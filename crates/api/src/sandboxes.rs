@@ -144,6 +144,7 @@ impl Api {
 
     async fn create(&self, team: Team, new: NewSandbox, default: Duration) -> Result<Sandbox, ApiError> {
         refuse_unsupported(&new)?;
+        check_auto_pause(&new)?;
         let default = i64::try_from(default.as_secs()).unwrap_or(0);
         let seconds = new.timeout.unwrap_or(default);
         let length = self.timeout(seconds)?;
@@ -182,11 +183,12 @@ impl Api {
             execution_id: Uuid::new_v4().to_string(),
             allow_internet_access: new.allow_internet_access,
             auto_pause: new.auto_pause == Some(true),
+            auto_pause_filesystem_only: new.auto_pause_memory == Some(false),
             auto_resume: new.auto_resume.filter(|r| r.enabled).map(|_| auto_resume::policy(seconds)),
             network,
             ..SandboxConfig::default()
         };
-        let made = self.start_sandbox(config, length).await?;
+        let made = self.start_sandbox(config, length, false).await?;
         if let Err(e) = self.store.count_spawn(&template.id).await {
             // The sandbox runs; a statistic is no reason to fail it.
             tracing::warn!("{e}");
@@ -194,18 +196,20 @@ impl Api {
         Ok(made)
     }
 
-    /// Has the node create or resume what `config` says, for this long from now.
+    /// Has the node create or resume what `config` says, for this long from now. With `reboot`, from its
+    /// disk alone.
     pub(crate) async fn start_sandbox(
         &self,
         config: SandboxConfig,
         length: TimeDelta,
+        reboot: bool,
     ) -> Result<Sandbox, ApiError> {
         let now = Utc::now();
         let request = SandboxCreateRequest {
             sandbox: Some(config.clone()),
             start_time: Some(timestamp(now)),
             end_time: Some(timestamp(now + length)),
-            filesystem_boot: None,
+            filesystem_boot: reboot.then_some(true),
         };
         let made = self.nodes.sandboxes().create(request).await?.into_inner();
         let running =
@@ -230,7 +234,6 @@ fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
         v.as_ref().is_some_and(|v| !v.is_null() && v.as_object().is_none_or(|o| !o.is_empty()))
     };
     for (is, what) in [
-        (new.auto_pause_memory == Some(false), "autoPauseMemory: false"),
         (asked(&new.mcp), "mcp"),
         (asked(&new.iam), "iam"),
         (new.volume_mounts.as_ref().is_some_and(|v| !v.is_empty()), "volumeMounts"),
@@ -238,6 +241,22 @@ fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
         if is {
             return Err(ApiError::not_yet(what));
         }
+    }
+    Ok(())
+}
+
+/// A pause without memory is one at the end of the time, and traffic does not end it.
+fn check_auto_pause(new: &NewSandbox) -> Result<(), ApiError> {
+    if new.auto_pause_memory != Some(false) {
+        return Ok(());
+    }
+    if new.auto_pause != Some(true) {
+        return Err(ApiError::bad("autoPauseMemory: false needs autoPause: true"));
+    }
+    if new.auto_resume.as_ref().is_some_and(|r| r.enabled) {
+        return Err(ApiError::bad(
+            "autoPauseMemory: false and autoResume exclude each other: without memory a sandbox is resumed by a connect only",
+        ));
     }
     Ok(())
 }
@@ -425,9 +444,20 @@ mod tests {
             r#"{"templateID":"base","autoPause":false,"mcp":null,"autoResume":{"enabled":false},"x":1}"#;
         assert!(refuse_unsupported(&new(plain)).is_ok());
         assert!(refuse_unsupported(&new(r#"{"templateID":"base","autoPause":true}"#)).is_ok());
-        let disk_only = r#"{"templateID":"base","autoPause":true,"autoPauseMemory":false}"#;
-        let e = refuse_unsupported(&new(disk_only)).unwrap_err();
-        assert!(e.status == 501 && e.message.contains("autoPauseMemory"));
+        let e = refuse_unsupported(&new(r#"{"templateID":"base","iam":{"x":1}}"#)).unwrap_err();
+        assert!(e.status == 501 && e.message.contains("iam"));
+    }
+
+    #[test]
+    fn an_automatic_pause_without_memory_stands_alone() {
+        let check = |rest: &str| {
+            let text = format!(r#"{{"templateID":"base","autoPauseMemory":false{rest}}}"#);
+            check_auto_pause(&serde_json::from_str(&text).unwrap())
+        };
+        assert!(check(r#","autoPause":true"#).is_ok());
+        assert_eq!(check("").unwrap_err().status, 400);
+        let e = check(r#","autoPause":true,"autoResume":{"enabled":true}"#).unwrap_err();
+        assert!(e.status == 400 && e.message.contains("autoResume"));
     }
 
     #[test]

@@ -193,17 +193,18 @@ impl Parts {
         let started = async {
             let host = VmHost::open(vmm.clone(), network.clone(), config.uid_base, INSTANCE).await?;
             let host = Arc::new(host);
-            Ok::<_, anyhow::Error>((host.clone(), Factory::start(factory, store.clone(), host)?))
+            let builder = Arc::new(Builder::new(build, store.clone(), host.clone()));
+            let factory = Factory::start(factory, store, host.clone(), builder.clone())?;
+            Ok::<_, anyhow::Error>((host, builder, factory))
         };
-        let (host, factory) = match started.await {
-            Ok((host, factory)) => (host, Arc::new(factory)),
+        let (host, builder, factory) = match started.await {
+            Ok((host, builder, factory)) => (host, builder, Arc::new(factory)),
             Err(e) => {
                 network.shutdown().await;
                 cgroups.remove();
                 return Err(e);
             }
         };
-        let builder = Arc::new(Builder::new(build, store, host.clone()));
         let catalog = InProcessCatalog::new();
         let node = NodeConfig {
             node_id: node_id(config)?,

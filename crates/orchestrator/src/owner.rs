@@ -26,13 +26,13 @@ pub(crate) enum StartError {
     Create(CreateError),
 }
 
-/// Creates the sandbox, tells `started`, keeps it until its end, releases it.
+/// Creates the sandbox, tells `started` whether it was booted, keeps it until its end, releases it.
 pub(crate) async fn own(
     node: Arc<Node>,
     entry: Arc<Entry>,
     spec: SandboxSpec,
     mut saves: mpsc::Receiver<SaveRequest>,
-    started: oneshot::Sender<Result<(), StartError>>,
+    started: oneshot::Sender<Result<bool, StartError>>,
 ) {
     let id = spec.sandbox_id.clone();
     match start(&node, &entry, spec).await {
@@ -41,7 +41,7 @@ pub(crate) async fn own(
             let mut gone = open(&node, &entry, &sandbox);
             let kind = if entry.config.snapshot { EventKind::Resumed } else { EventKind::Created };
             emit(&node, &entry, kind, None);
-            let _ = started.send(Ok(()));
+            let _ = started.send(Ok(sandbox.was_booted()));
             let (kind, reason, paused) = loop {
                 let end = until_end(&entry, &sandbox, &mut saves).await;
                 let close = |state, gone: &CancellationToken| {

@@ -70,9 +70,6 @@ fn check(config: &SandboxConfig) -> Result<BuildId, Status> {
     if id.is_empty() || id.len() > ID_LIMIT || !id.bytes().all(plain) {
         return Err(bad(format!("a sandbox id has 1 to {ID_LIMIT} lower-case letters and digits")));
     }
-    if config.auto_pause_filesystem_only {
-        return Err(Status::unimplemented("pausing the disk alone is not supported yet"));
-    }
     if !config.volume_mounts.is_empty() {
         return Err(Status::unimplemented("volumes are not supported yet"));
     }
@@ -144,9 +141,6 @@ impl SandboxService for Sandboxes {
         let mut config = request.sandbox.ok_or_else(|| bad("the request has no sandbox"))?;
         let build_id = check(&config)?;
         let allow_internet = internet(&config)?;
-        if request.filesystem_boot == Some(true) {
-            return Err(Status::unimplemented("booting from a file system alone is not supported yet"));
-        }
         let start = request.start_time.as_ref().and_then(to_time).unwrap_or_else(Utc::now);
         let end =
             request.end_time.as_ref().and_then(to_time).ok_or_else(|| bad("the request has no end time"))?;
@@ -165,6 +159,7 @@ impl SandboxService for Sandboxes {
             access_token: config.envd_access_token.clone(),
             allow_internet,
             snapshot: config.snapshot,
+            filesystem_boot: request.filesystem_boot == Some(true),
         };
         let (saves, asked) = mpsc::channel(1);
         let entry = Arc::new(Entry {
@@ -180,8 +175,8 @@ impl SandboxService for Sandboxes {
         self.admit(&entry)?;
         let (tell, started) = oneshot::channel();
         tokio::spawn(own(self.0.clone(), entry.clone(), spec, asked, tell));
-        match started.await {
-            Ok(Ok(())) => {}
+        let filesystem_boot_applied = match started.await {
+            Ok(Ok(booted)) => booted,
             Ok(Err(StartError::Busy)) => {
                 return Err(Status::resource_exhausted(
                     "too many sandboxes are starting on this node; try again",
@@ -189,7 +184,7 @@ impl SandboxService for Sandboxes {
             }
             Ok(Err(StartError::Create(e))) => return Err(create_status(&entry.config.sandbox_id, e)),
             Err(_) => return Err(Status::internal("the sandbox's owner ended unexpectedly")),
-        }
+        };
         Ok(Response::new(SandboxCreateResponse {
             client_id: self.0.config.node_id.clone(),
             scheduling_metadata: Some(SchedulingMetadata {
@@ -200,7 +195,7 @@ impl SandboxService for Sandboxes {
                 rootfs_build_ids: vec![build_id.to_string()],
                 ..Default::default()
             }),
-            filesystem_boot_applied: false,
+            filesystem_boot_applied,
         }))
     }
 
@@ -255,7 +250,7 @@ impl SandboxService for Sandboxes {
         request: Request<SandboxPauseRequest>,
     ) -> Result<Response<SandboxPauseResponse>, Status> {
         let request = request.into_inner();
-        let spec = save::pause_spec(&request)?;
+        let spec = save::spec(&request.build_id, &request.template_id, request.filesystem_only)?;
         let saved = self.save(&request.sandbox_id, spec, Then::End).await?;
         let scheduling_metadata = Some(save::scheduling(&saved));
         Ok(Response::new(SandboxPauseResponse { scheduling_metadata }))
@@ -267,7 +262,8 @@ impl SandboxService for Sandboxes {
     ) -> Result<Response<SandboxCheckpointResponse>, Status> {
         let request = request.into_inner();
         let id = &request.sandbox_id;
-        let spec = save::spec(&request.build_id, &self.entry(id)?.config.template_id)?;
+        let template = &self.entry(id)?.config.template_id;
+        let spec = save::spec(&request.build_id, template, request.filesystem_only)?;
         let saved = self.save(id, spec, Then::RunOn).await?;
         let scheduling_metadata = Some(save::scheduling(&saved));
         Ok(Response::new(SandboxCheckpointResponse { scheduling_metadata }))

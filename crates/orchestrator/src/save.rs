@@ -1,23 +1,16 @@
 //! Pauses and checkpoints as the service's messages have them.
 
-use nidus_proto::node::{SandboxPauseRequest, SchedulingMetadata};
+use nidus_proto::node::SchedulingMetadata;
 use nidus_sandbox::{Lineage, SaveError, SaveSpec, Saved};
 use nidus_storage::StorageError;
 use tonic::Status;
 
 use crate::node::{State, Then};
 
-pub(crate) fn pause_spec(request: &SandboxPauseRequest) -> Result<SaveSpec, Status> {
-    if request.filesystem_only {
-        return Err(Status::unimplemented("pausing the disk alone is not supported yet"));
-    }
-    spec(&request.build_id, &request.template_id)
-}
-
-pub(crate) fn spec(build: &str, template: &str) -> Result<SaveSpec, Status> {
+pub(crate) fn spec(build: &str, template: &str, filesystem_only: bool) -> Result<SaveSpec, Status> {
     let build_id =
         build.parse().map_err(|_| Status::invalid_argument(format!("build id '{build}' is not a UUID")))?;
-    Ok(SaveSpec { build_id, template_id: template.to_owned() })
+    Ok(SaveSpec { build_id, template_id: template.to_owned(), filesystem_only })
 }
 
 /// What is done, as a participle.
@@ -48,6 +41,11 @@ pub(crate) fn status(id: &str, then: Then, e: &SaveError) -> Status {
     match e {
         SaveError::Storage(StorageError::AlreadyExists(_)) => Status::already_exists(text),
         SaveError::Storage(StorageError::NilId) => Status::invalid_argument(text),
+        // In words of ours: what the guest's answer says is for the log.
+        SaveError::Sync(_) => Status::unavailable(format!(
+            "sandbox '{id}' was not {} and runs on: its guest did not write its cached files to its disk",
+            done(then)
+        )),
         _ => Status::internal(text),
     }
 }
@@ -57,11 +55,11 @@ pub(crate) fn scheduling(saved: &Saved) -> SchedulingMetadata {
     let bytes = |l: &Lineage| l.builds.iter().map(|(_, n)| *n).collect();
     let (memory, disk) = (&saved.memory_builds, &saved.disk_builds);
     SchedulingMetadata {
-        memfile_base_build_id: memory.base.to_string(),
+        memfile_base_build_id: memory.as_ref().map(|m| m.base.to_string()).unwrap_or_default(),
         rootfs_base_build_id: disk.base.to_string(),
         build_id: saved.metadata.build_id.to_string(),
-        memfile_build_ids: ids(memory),
-        memfile_build_bytes: bytes(memory),
+        memfile_build_ids: memory.as_ref().map(ids).unwrap_or_default(),
+        memfile_build_bytes: memory.as_ref().map(bytes).unwrap_or_default(),
         rootfs_build_ids: ids(disk),
         rootfs_build_bytes: bytes(disk),
         ..Default::default()

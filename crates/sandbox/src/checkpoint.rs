@@ -12,9 +12,10 @@ impl Sandbox {
     /// error (see [`SaveError::runs_on`]), and then nothing was published.
     pub async fn checkpoint(&mut self, spec: &SaveSpec) -> Result<Saved, SaveError> {
         let staged = self.store().stage(spec.build_id).await?;
+        self.sync_guest(spec).await?;
         let began = Instant::now();
         let copies = self.copies();
-        let taken = match take(self, &staged, Some(copies)).await {
+        let taken = match take(self, spec, &staged, Some(copies)).await {
             Ok(taken) => taken,
             Err(e) => return self.resume_after(Err(e)).await,
         };

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use nidus_block::{Diff, MappedDevice, compact, wants_compaction};
 use nidus_storage::{Artifact, BuildId, Builds, StagedBuild, StorageError};
+use nidus_template::TemplateMetadata;
 use tokio::sync::{RwLock, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -51,10 +52,15 @@ impl Compactor {
 
     /// Returns how many pieces its devices had and have, if they were compacted.
     async fn compact(&self, build: BuildId) -> Result<Option<(usize, usize)>, CreateError> {
+        let metadata = TemplateMetadata::parse(build, &self.store.read(build, Artifact::Metadata).await?)?;
+        let (mut parts, mut whole) =
+            (vec![(Artifact::Rootfs, Artifact::RootfsHeader)], vec![Artifact::Metadata]);
+        if !metadata.filesystem_only {
+            parts.push((Artifact::Memfile, Artifact::MemfileHeader));
+            whole.push(Artifact::Snapfile);
+        }
         let mut devices = Vec::new();
-        for (artifact, header) in
-            [(Artifact::Memfile, Artifact::MemfileHeader), (Artifact::Rootfs, Artifact::RootfsHeader)]
-        {
+        for (artifact, header) in parts {
             devices.push((mapped(&self.store, build, artifact, header).await?, artifact, header));
         }
         if !devices.iter().any(|(device, ..)| wants_compaction(device.header())) {
@@ -62,10 +68,10 @@ impl Compactor {
         }
         let pieces = |d: &MappedDevice| d.header().mappings().len();
         let before = devices.iter().map(|(device, ..)| pieces(device)).sum();
-        let work = Work { store: self.store.clone(), build, devices, stop: self.stop.clone() };
+        let work = Work { store: self.store.clone(), build, devices, whole, stop: self.stop.clone() };
         let Some((staged, after)) = in_background(move || work.run()).await? else { return Ok(None) };
         let _alone = self.removals.write().await;
-        if self.opened.get(build).is_some() {
+        if self.opened.has(build) {
             tracing::debug!(%build, "in use again: not compacted");
             return Ok(None);
         }
@@ -96,6 +102,8 @@ struct Work {
     store: Arc<Builds>,
     build: BuildId,
     devices: Vec<(Arc<MappedDevice>, Artifact, Artifact)>,
+    /// What is copied as it is.
+    whole: Vec<Artifact>,
     stop: CancellationToken,
 }
 
@@ -116,8 +124,8 @@ impl Work {
             let path = staged.path(*header_artifact);
             std::fs::write(&path, header.to_bytes()).map_err(|e| StorageError::io("write", &path, e))?;
         }
-        for artifact in [Artifact::Snapfile, Artifact::Metadata] {
-            self.copy(&staged, artifact)?;
+        for artifact in &self.whole {
+            self.copy(&staged, *artifact)?;
         }
         Ok(Some((staged, after)))
     }
@@ -140,27 +148,40 @@ mod tests {
     use super::*;
 
     const BLOCK: u64 = 4096;
+    const FILES: [Artifact; 2] = [Artifact::Memfile, Artifact::Rootfs];
+    const HEADERS: [Artifact; 2] = [Artifact::MemfileHeader, Artifact::RootfsHeader];
 
-    /// A line of builds, each of which stores one block of its own.
-    async fn line(store: &Builds, count: u64) -> Header {
+    fn metadata(build: BuildId, filesystem_only: bool) -> String {
+        format!(
+            r#"{{"version":1,"template_id":"t","build_id":"{build}","kernel_version":"k",
+            "vmm":{{"driver":"d","version":"v","accel":"a"}},"vcpu":1,"memory_mb":1,"disk_mb":1,
+            "filesystem_only":{filesystem_only},"envd_version":"e","created_at":"2026-01-01T00:00:00Z"}}"#
+        )
+    }
+
+    /// A line of builds, each of which stores one block of its own; of a disk alone without `memory`.
+    async fn line(store: &Builds, count: u64, memory: bool) -> Header {
+        let (files, headers) = if memory { (&FILES[..], &HEADERS[..]) } else { (&FILES[1..], &HEADERS[1..]) };
         let base = BuildId::random();
         let mut header = Header::identity(base, (count + 1) * BLOCK, BLOCK).unwrap();
         for n in 0..=count {
             let build = if n == 0 { base } else { BuildId::random() };
             let staged = store.stage(build).await.unwrap();
             let blocks = if n == 0 { count + 1 } else { 1 };
-            for artifact in [Artifact::Memfile, Artifact::Rootfs] {
-                staged.write(artifact, vec![n as u8; (blocks * BLOCK) as usize]).await.unwrap();
+            for artifact in files {
+                staged.write(*artifact, vec![n as u8; (blocks * BLOCK) as usize]).await.unwrap();
             }
             if n > 0 {
                 let own = Mapping { offset: n * BLOCK, len: BLOCK, build, build_offset: 0 };
                 header = header.child(build, &[own]).unwrap();
             }
-            for artifact in [Artifact::MemfileHeader, Artifact::RootfsHeader] {
-                staged.write(artifact, header.to_bytes()).await.unwrap();
+            for artifact in headers {
+                staged.write(*artifact, header.to_bytes()).await.unwrap();
             }
-            staged.write(Artifact::Snapfile, "state").await.unwrap();
-            staged.write(Artifact::Metadata, "{}").await.unwrap();
+            if memory {
+                staged.write(Artifact::Snapfile, "state").await.unwrap();
+            }
+            staged.write(Artifact::Metadata, metadata(build, !memory)).await.unwrap();
             staged.commit().await.unwrap();
         }
         header
@@ -172,7 +193,7 @@ mod tests {
     }
 
     async fn blocks(store: &Builds, build: BuildId) -> (Vec<u8>, Vec<BuildId>) {
-        let device = mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader).await.unwrap();
+        let device = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader).await.unwrap();
         let mut bytes = vec![0; device.header().size() as usize];
         device.read_blocking(0, &mut bytes).unwrap();
         let first = bytes.chunks(BLOCK as usize).map(|block| block[0]).collect();
@@ -183,23 +204,25 @@ mod tests {
     async fn a_long_line_reads_from_two_builds_afterwards() {
         let dir = tempfile::TempDir::new().unwrap();
         let store = Arc::new(Builds::open(dir.path()).unwrap());
-        let header = line(&store, 12).await;
-        let (build, base) = (header.build(), header.base());
-        let before = blocks(&store, build).await;
-        assert_eq!(before.1.len(), 13);
-        assert!(compactor(&store).compact(build).await.unwrap().is_some());
-        let (bytes, builds) = blocks(&store, build).await;
-        assert_eq!(bytes, before.0);
-        assert!(builds.len() == 2 && builds.contains(&build) && builds.contains(&base), "{builds:?}");
-        assert_eq!(store.read(build, Artifact::Snapfile).await.unwrap(), b"state");
-        assert_eq!(compactor(&store).compact(build).await.unwrap(), None, "there is nothing left to do");
+        for memory in [true, false] {
+            let header = line(&store, 12, memory).await;
+            let (build, base) = (header.build(), header.base());
+            let before = blocks(&store, build).await;
+            assert_eq!(before.1.len(), 13);
+            assert!(compactor(&store).compact(build).await.unwrap().is_some());
+            let (bytes, builds) = blocks(&store, build).await;
+            assert_eq!(bytes, before.0);
+            assert!(builds.len() == 2 && builds.contains(&build) && builds.contains(&base), "{builds:?}");
+            assert_eq!(store.read(build, Artifact::Snapfile).await.is_ok(), memory);
+            assert_eq!(compactor(&store).compact(build).await.unwrap(), None, "there is nothing left to do");
+        }
     }
 
     #[tokio::test]
     async fn damage_is_not_made_good_and_a_stop_leaves_all_as_it_was() {
         let dir = tempfile::TempDir::new().unwrap();
         let store = Arc::new(Builds::open(dir.path()).unwrap());
-        let header = line(&store, 12).await;
+        let header = line(&store, 12, true).await;
         let build = header.build();
         let stopped = compactor(&store);
         stopped.stop.cancel();

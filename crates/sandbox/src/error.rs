@@ -4,7 +4,7 @@ use nidus_block::BlockError;
 use nidus_block::header::HeaderError;
 use nidus_memory::{MemfileError, PagemapError, PatchError};
 use nidus_storage::{BuildId, StorageError};
-use nidus_template::{DiskError, MetadataError};
+use nidus_template::{BuildError, DiskError, MetadataError};
 use nidus_vmm::VmmError;
 
 use crate::served::MemoryError;
@@ -26,6 +26,12 @@ pub enum CreateError {
         /// What is wrong with it.
         what: String,
     },
+    /// The build has no memory to go on from.
+    #[error("build {0} is a disk alone: it must be booted")]
+    DiskAlone(BuildId),
+    /// There is nothing to boot its disk with.
+    #[error("it cannot be booted from its disk: {0}")]
+    Boot(#[source] Box<BuildError>),
     /// Cancelled by its caller.
     #[error("creation was cancelled")]
     Cancelled,
@@ -64,6 +70,15 @@ pub enum CreateError {
         /// The cause.
         source: std::io::Error,
     },
+}
+
+impl From<BuildError> for CreateError {
+    fn from(e: BuildError) -> Self {
+        match e {
+            BuildError::Cancelled => Self::Cancelled,
+            e => Self::Boot(Box::new(e)),
+        }
+    }
 }
 
 impl CreateError {
@@ -111,6 +126,9 @@ pub enum SaveError {
     /// The header of the new build.
     #[error(transparent)]
     Header(#[from] HeaderError),
+    /// The guest was to write what it has cached of its disk.
+    #[error("the guest could not write its cached files to its disk: {0}")]
+    Sync(String),
     /// What the guest wrote cannot be told.
     #[error(transparent)]
     Pagemap(#[from] PagemapError),

@@ -11,7 +11,7 @@ use chrono::Utc;
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
 use nidus_memfs::MemFs;
 use nidus_storage::{BuildId, Builds};
-use nidus_template::{GuestState, TemplateMetadata, VmHost};
+use nidus_template::{Builder, GuestState, READY_LIMIT, TemplateMetadata, VmHost};
 use nidus_vmm::MemoryDoor;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, RwLock, Semaphore, mpsc};
@@ -24,6 +24,7 @@ use crate::machine::{Machine, Parts};
 use crate::opened::Opened;
 use crate::saving::COPY_LIMIT_MB;
 use crate::served::MemoryError;
+use crate::template::Start;
 use crate::warm::{WarmSet, WarmStats};
 use crate::{CreateError, KillError, OpenTemplate};
 
@@ -60,6 +61,8 @@ pub struct SandboxSpec {
     pub allow_internet: bool,
     /// Whether the build is a paused sandbox, which is resumed once, rather than a template.
     pub snapshot: bool,
+    /// Whether its disk is booted even if the build has a memory, which is left out then.
+    pub filesystem_boot: bool,
 }
 
 /// Makes sandboxes on this node.
@@ -72,6 +75,7 @@ struct Inner {
     config: FactoryConfig,
     store: Arc<Builds>,
     host: Arc<VmHost>,
+    builder: Arc<Builder>,
     /// Where VMMs that map their memory find it.
     memfs: Option<Arc<MemFs>>,
     templates: tokio::sync::Mutex<HashMap<BuildId, Arc<OpenTemplate>>>,
@@ -90,11 +94,17 @@ struct Inner {
 }
 
 impl Factory {
-    /// A factory over this node's parts. Overlay files of an earlier, killed daemon are removed.
+    /// A factory over this node's parts; `builder` has what a disk alone is booted with. Overlay files of
+    /// an earlier, killed daemon are removed.
     ///
     /// # Errors
     /// When the overlay directory cannot be made or emptied.
-    pub fn start(config: FactoryConfig, store: Arc<Builds>, host: Arc<VmHost>) -> Result<Self, CreateError> {
+    pub fn start(
+        config: FactoryConfig,
+        store: Arc<Builds>,
+        host: Arc<VmHost>,
+        builder: Arc<Builder>,
+    ) -> Result<Self, CreateError> {
         let dir = &config.overlays;
         std::fs::create_dir_all(dir).map_err(|e| CreateError::io(format!("make {}", dir.display()), e))?;
         for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -110,6 +120,7 @@ impl Factory {
             config,
             store,
             host,
+            builder,
             memfs,
             templates: Default::default(),
             opened: Arc::default(),
@@ -131,8 +142,8 @@ impl Factory {
         Ok(Self { inner, tasks: Mutex::new(tasks) })
     }
 
-    /// Resumes a template as a new sandbox. Returns when envd has answered; `cancel` ends it
-    /// early, and then, as on every error, nothing of it is left.
+    /// Resumes a template as a new sandbox, or boots it. Returns when envd has answered; `cancel` ends
+    /// it early, and then, as on every error, nothing of it is left.
     pub async fn create(&self, spec: SandboxSpec, cancel: CancellationToken) -> Result<Sandbox, CreateError> {
         let inner = self.inner.clone();
         // A task of its own: a caller that goes away must not leave a machine half made.
@@ -199,23 +210,14 @@ impl Inner {
             let _no_removal = self.removals.read().await;
             self.uses.begin(spec.build_id)
         };
-        let mut dead = Vec::new();
-        let machine = match self.warm.take(spec.build_id, &mut dead) {
-            Some(m) => m,
-            None if spec.snapshot => self.prepare_once(spec.build_id).await?,
-            None => self.prepare(spec.build_id).await?,
-        };
-        if !dead.is_empty() {
-            let this = self.clone();
-            tokio::spawn(async move { this.destroy_all(dead).await });
-        }
-        let mut sandbox = Sandbox { spec, machine, inner: self.clone(), in_use };
+        let (machine, booted_with) = self.machine(&spec, &cancel).await?;
+        let mut sandbox = Sandbox { spec, machine, booted_with, inner: self.clone(), in_use };
         let started = tokio::select! {
             () = cancel.cancelled() => Err(CreateError::Cancelled),
             r = sandbox.wake() => r,
         };
         // Only now: making the next one must not take the processors from this one.
-        if !sandbox.spec.snapshot {
+        if !sandbox.spec.snapshot && !sandbox.was_booted() {
             self.want(sandbox.spec.build_id).await;
         }
         match started {
@@ -232,12 +234,40 @@ impl Inner {
         }
     }
 
+    /// One that stands ready, one that is made now, or one that boots, and with which kernel.
+    async fn machine(
+        self: &Arc<Self>,
+        spec: &SandboxSpec,
+        cancel: &CancellationToken,
+    ) -> Result<(Machine, Option<String>), CreateError> {
+        let build = spec.build_id;
+        if !spec.filesystem_boot {
+            let mut dead = Vec::new();
+            let made = match self.warm.take(build, &mut dead) {
+                Some(m) => Ok(m),
+                None if spec.snapshot => self.prepare_once(build).await,
+                None => self.prepare(build).await,
+            };
+            if !dead.is_empty() {
+                let this = self.clone();
+                tokio::spawn(async move { this.destroy_all(dead).await });
+            }
+            if !matches!(made, Err(CreateError::DiskAlone(_))) {
+                return made.map(|m| (m, None));
+            }
+        }
+        let template = self.open(build, Start::Boot).await?;
+        let files = self.builder.files_to_boot(&template.metadata.kernel_version, cancel).await?;
+        let machine = Machine::boot(&self.parts(), template, &files.boot, spec.allow_internet).await?;
+        Ok((machine, Some(files.kernel_version)))
+    }
+
     async fn template(&self, build: BuildId) -> Result<Arc<OpenTemplate>, CreateError> {
         let mut templates = self.templates.lock().await;
         if let Some(t) = templates.get(&build) {
             return Ok(t.clone());
         }
-        let t = self.open(build).await?;
+        let t = self.open(build, Start::Restore).await?;
         templates.insert(build, t.clone());
         Ok(t)
     }
@@ -248,22 +278,26 @@ impl Inner {
 
     /// Of a build that is not kept open for others.
     async fn prepare_once(&self, build: BuildId) -> Result<Machine, CreateError> {
-        self.prepare_from(self.open(build).await?).await
+        self.prepare_from(self.open(build, Start::Restore).await?).await
     }
 
     /// The build as others have it open, or opened now.
-    async fn open(&self, build: BuildId) -> Result<Arc<OpenTemplate>, CreateError> {
-        if let Some(t) = self.opened.get(build) {
+    async fn open(&self, build: BuildId, start: Start) -> Result<Arc<OpenTemplate>, CreateError> {
+        if let Some(t) = self.opened.get(build, start) {
             return Ok(t);
         }
         let _no_removal = self.removals.read().await;
-        let opened = OpenTemplate::open(&self.store, build, &self.host.vmm.id(), self.memfs.clone()).await?;
+        let (here, memfs) = (self.host.vmm.id(), self.memfs.clone());
+        let opened = OpenTemplate::open(&self.store, build, start, &here, memfs).await?;
         Ok(self.opened.keep(build, Arc::new(opened)))
     }
 
     async fn prepare_from(&self, template: Arc<OpenTemplate>) -> Result<Machine, CreateError> {
-        let parts = Parts { host: &self.host, overlays: &self.config.overlays };
-        Machine::prepare(&parts, template).await
+        Machine::prepare(&self.parts(), template).await
+    }
+
+    fn parts(&self) -> Parts<'_> {
+        Parts { host: &self.host, overlays: &self.config.overlays }
     }
 
     async fn want(&self, build: BuildId) {
@@ -309,7 +343,12 @@ async fn refill(inner: Arc<Inner>) {
             }
             Err(e)
                 if e.is_damage()
-                    || matches!(e, CreateError::TemplateNotFound(_) | CreateError::Template(_)) =>
+                    || matches!(
+                        e,
+                        CreateError::TemplateNotFound(_)
+                            | CreateError::Template(_)
+                            | CreateError::DiskAlone(_)
+                    ) =>
             {
                 tracing::warn!(%build, "this build cannot be kept warm: {e}");
                 inner.destroy_all(inner.warm.forget(build)).await;
@@ -330,6 +369,8 @@ async fn refill(inner: Arc<Inner>) {
 pub struct Sandbox {
     spec: SandboxSpec,
     machine: Machine,
+    /// Version of the kernel, if it was not resumed.
+    booted_with: Option<String>,
     inner: Arc<Inner>,
     /// Keeps the build that it was resumed from.
     in_use: Use,
@@ -354,6 +395,16 @@ impl Sandbox {
     /// Bytes that its guest wrote to the disk so far.
     pub fn disk_written(&self) -> u64 {
         self.machine.disk_written()
+    }
+
+    /// Whether it was booted from the disk of its build, rather than resumed.
+    pub fn was_booted(&self) -> bool {
+        self.booted_with.is_some()
+    }
+
+    /// Version of the kernel that runs in it.
+    pub(crate) fn kernel_version(&self) -> &str {
+        self.booted_with.as_ref().unwrap_or(&self.metadata().kernel_version)
     }
 
     /// Resolves with the reason when it can run no longer.
@@ -390,10 +441,14 @@ impl Sandbox {
 
     /// Lets the guest run and tells its envd who it is: time, entropy, token, environment.
     async fn wake(&mut self) -> Result<(), CreateError> {
-        let limit = self.inner.config.envd_limit;
-        self.machine.slot().set_internet(self.spec.allow_internet).await?;
         let failed = self.machine.failed();
-        self.machine.resume().await?;
+        let limit = if self.was_booted() {
+            READY_LIMIT
+        } else {
+            self.machine.slot().set_internet(self.spec.allow_internet).await?;
+            self.machine.resume().await?;
+            self.inner.config.envd_limit
+        };
         // Two clones of one snapshot share the state of the kernel's random generator until
         // this is mixed in; nothing but envd runs before.
         let mut seed = [0u8; 64];
@@ -411,10 +466,15 @@ impl Sandbox {
         // A guest that has a token takes another one from those who know the old.
         let old_token = self.metadata().guest.as_ref().and_then(|g| g.access_token.clone());
         let envd = EnvdClient::new(SocketAddr::from((self.host_ip(), ENVD_PORT)), old_token);
-        tokio::select! {
+        let answered = tokio::select! {
             reason = failed => Err(CreateError::Ended(reason)),
-            r = envd.init(&request, limit) => Ok(r?),
+            r = envd.init(&request, limit) => r.map_err(CreateError::from),
+        };
+        if answered.is_err() && self.was_booted() {
+            let console = self.machine.vm().console();
+            tracing::warn!(sandbox = self.id(), "it did not boot; the end of its console:\n{console}");
         }
+        answered
     }
 
     /// Environment of its commands: what the build had, who it is, what its creator wants.
@@ -432,7 +492,7 @@ impl Sandbox {
 
     /// Ends it and releases everything, in reverse order.
     pub async fn kill(self) -> Result<(), KillError> {
-        let Self { spec, machine, inner, in_use } = self;
+        let Self { spec, machine, inner, in_use, .. } = self;
         // A task of its own, so that it goes to its end when the caller goes away.
         let task = tokio::spawn(async move {
             // For those to come, of which a paused sandbox has none.

@@ -7,6 +7,7 @@
 //!
 //! [`Sandbox::pause`] and [`Sandbox::checkpoint`] make a build of a running sandbox, which stores only
 //! what differs from the build it was resumed from; resuming that build is like resuming a template.
+//! Either may leave the memory out; sandboxes are booted from such a build.
 //!
 //! Every part is acquired in the order slot, disk, VMM and released in the reverse order, on
 //! every path; what the daemon leaves behind when it is killed is found by `reclaim` at its next

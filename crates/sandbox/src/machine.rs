@@ -8,13 +8,13 @@ use nidus_block::{BlockError, Frozen, Overlay};
 use nidus_network::{NetworkSlot, Pool};
 use nidus_storage::BuildId;
 use nidus_template::{DiskError, RootDisk, VmHost};
-use nidus_vmm::{Disk, Memory, MemoryDoor, Vm, VmConfig, VmmError};
+use nidus_vmm::{Boot, Disk, Memory, MemoryDoor, Vm, VmConfig, VmmError};
 use tokio::sync::oneshot;
 
 use crate::served::{self, MemoryError, ServedMemory, Serving};
 use crate::{CreateError, KillError, OpenTemplate};
 
-/// A VM that stands at its template's snapshot, or runs on from there.
+/// A VM that stands at its template's snapshot, runs on from there, or was booted.
 pub struct Machine {
     vm: Box<dyn Vm>,
     memory: Option<ServedMemory>,
@@ -39,9 +39,27 @@ pub struct Parts<'a> {
 impl Machine {
     /// Acquires slot, disk and VMM and loads the template's state; the guest stays stopped.
     pub async fn prepare(parts: &Parts<'_>, template: Arc<OpenTemplate>) -> Result<Self, CreateError> {
+        Self::make(parts, template, None).await
+    }
+
+    /// Acquires slot, disk and VMM and boots the template's disk; the guest runs.
+    pub async fn boot(
+        parts: &Parts<'_>,
+        template: Arc<OpenTemplate>,
+        boot: &Boot,
+        allow_internet: bool,
+    ) -> Result<Self, CreateError> {
+        Self::make(parts, template, Some((boot, allow_internet))).await
+    }
+
+    async fn make(
+        parts: &Parts<'_>,
+        template: Arc<OpenTemplate>,
+        boot: Option<(&Boot, bool)>,
+    ) -> Result<Self, CreateError> {
         let network = &parts.host.network;
         let slot = network.acquire().await?;
-        match Self::with_slot(parts, &template, &slot).await {
+        match Self::with_slot(parts, &template, &slot, boot).await {
             Ok((vm, memory, disk, overlay)) => {
                 let memory_door = parts.host.vmm.needs().memory;
                 Ok(Self { vm, memory, disk, overlay, slot, template, memory_door })
@@ -57,13 +75,18 @@ impl Machine {
         parts: &Parts<'_>,
         template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
+        boot: Option<(&Boot, bool)>,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>, RootDisk, Arc<Overlay>), CreateError> {
+        if let Some((_, allow_internet)) = boot {
+            // Its programs start before anybody asks for anything.
+            slot.set_internet(allow_internet).await?;
+        }
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
         let name = format!("{}-{}", slot.index(), BuildId::random());
         let overlay = Overlay::create(template.rootfs.clone(), parts.overlays.join(&name)).await?;
         let overlay = Arc::new(overlay);
         let (root, disk) = parts.host.attach(overlay.clone()).await?;
-        match Self::with_disk(parts, template, slot, name, disk).await {
+        match Self::with_disk(parts, template, slot, name, disk, boot.map(|(boot, _)| boot)).await {
             Ok((vm, memory)) => Ok((vm, memory, root, overlay)),
             Err(e) => {
                 if let Err(also) = root.release().await {
@@ -80,11 +103,12 @@ impl Machine {
         slot: &NetworkSlot,
         name: String,
         disk: Disk,
+        boot: Option<&Boot>,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>), CreateError> {
         let (host, m) = (parts.host, &template.metadata);
-        let snapfile = template.open_snapfile().await?;
         let (memory, mut serving) = match host.vmm.needs().memory {
             MemoryDoor::Memfile => (Memory::Private(template.open_memfile().await?), None),
+            MemoryDoor::Own if boot.is_some() => (Memory::Own, None),
             MemoryDoor::Own => {
                 let source = template.page_source();
                 let (sender, connection) = oneshot::channel();
@@ -106,6 +130,12 @@ impl Machine {
             track_dirty: false,
             advance_clock: false,
         };
+        if let Some(boot) = boot {
+            let vm = host.vmm.boot(config, boot).await?;
+            tracing::debug!(build = %m.build_id, slot = slot.index(), pid = vm.pid(), "machine boots");
+            return Ok((vm, None));
+        }
+        let snapfile = template.open_snapfile().await?;
         let mut vm = host.vmm.prepare(config).await?;
         let unserved = async {
             match &mut serving {

@@ -25,6 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::SaveError;
 use crate::factory::Sandbox;
+use crate::machine::Machine;
 use crate::pages::{PIECE, base_memfile};
 
 /// Memory that all checkpoints of a node together may copy, in MiB. A guest that has written more than
@@ -38,6 +39,8 @@ pub struct SaveSpec {
     pub build_id: BuildId,
     /// Template that it is recorded under.
     pub template_id: String,
+    /// Whether it gets the disk alone.
+    pub filesystem_only: bool,
 }
 
 /// A published build of a sandbox.
@@ -53,8 +56,8 @@ pub struct Saved {
     pub memory_bytes: u64,
     /// Bytes of disk that it stores itself.
     pub disk_bytes: u64,
-    /// Builds that its memory is read from, and the one that it began with.
-    pub memory_builds: Lineage,
+    /// Builds that its memory is read from, and the one that it began with; none without memory.
+    pub memory_builds: Option<Lineage>,
     /// Builds that its disk is read from, and the one that it began with.
     pub disk_builds: Lineage,
 }
@@ -84,12 +87,17 @@ impl Lineage {
 /// What a stopped guest was, and where it is to be stored.
 pub(crate) struct Taken {
     parent: Arc<TemplateMetadata>,
-    memory_parent: Arc<MappedDevice>,
-    memory: Written,
-    memfile: (File, PathBuf),
+    /// None if the disk alone is stored.
+    memory: Option<TakenMemory>,
     disk_parent: Arc<MappedDevice>,
     pub disk: Arc<Frozen>,
     rootfs: (File, PathBuf),
+}
+
+struct TakenMemory {
+    parent: Arc<MappedDevice>,
+    written: Written,
+    file: (File, PathBuf),
 }
 
 /// Where the memory that was written is.
@@ -112,22 +120,44 @@ struct Copied {
 impl Taken {
     /// Whether the guest may write to its memory again before this is stored.
     pub fn lets_guest_run(&self) -> bool {
-        !matches!(self.memory, Written::By(..))
+        !matches!(&self.memory, Some(TakenMemory { written: Written::By(..), .. }))
     }
 }
 
-/// Stops the guest and takes what it is. With `copies`, its memory is copied from where it is if
-/// that much of it is left; without, it stays there.
+/// Stops the guest and takes what it is, or its disk alone. With `copies`, its memory is copied from
+/// where it is if that much of it is left; without, it stays there.
 pub(crate) async fn take(
     sandbox: &mut Sandbox,
+    spec: &SaveSpec,
     staged: &StagedBuild,
     copies: Option<Arc<Semaphore>>,
 ) -> Result<Taken, SaveError> {
     let machine = sandbox.machine();
     let template = machine.template().clone();
-    let new = |artifact| new_file(staged.path(artifact)).map(|file| (file, staged.path(artifact)));
-    let (snapfile, memfile, rootfs) =
-        (new(Artifact::Snapfile)?.0, new(Artifact::Memfile)?, new(Artifact::Rootfs)?);
+    let rootfs = new_artifact(staged, Artifact::Rootfs)?;
+    machine.vm().pause().await?;
+    let memory = if spec.filesystem_only { None } else { Some(take_memory(machine, staged, copies).await?) };
+    machine.flush_disk().await?;
+    // Last: of all that was done, this alone outlives an error.
+    let disk = Arc::new(machine.freeze_disk().await?);
+    Ok(Taken {
+        parent: Arc::new(template.metadata.clone()),
+        memory,
+        disk_parent: template.disk.clone(),
+        disk,
+        rootfs,
+    })
+}
+
+/// Saves the state of a stopped guest, and takes its memory.
+async fn take_memory(
+    machine: &mut Machine,
+    staged: &StagedBuild,
+    copies: Option<Arc<Semaphore>>,
+) -> Result<TakenMemory, SaveError> {
+    let template = machine.template().clone();
+    let (state, _) = new_artifact(staged, Artifact::Snapfile)?;
+    let file = new_artifact(staged, Artifact::Memfile)?;
     let served = machine.memory_door() == MemoryDoor::Own;
     // The driver writes what changed to a file of its own, from where it is compared.
     let diff = if served { Some(scratch(staged.dir())?) } else { None };
@@ -137,10 +167,8 @@ pub(crate) async fn take(
         }
         None => SaveMemory::Stay,
     };
-    machine.vm().pause().await?;
-    let saved = machine.vm().snapshot(SnapshotFiles { state: snapfile, memory }).await?;
-    machine.flush_disk().await?;
-    let memory = match (saved, diff) {
+    let saved = machine.vm().snapshot(SnapshotFiles { state, memory }).await?;
+    let written = match (saved, diff) {
         (MemorySaved::InMapping, _) => {
             let path = template.memfile_path().ok_or(SaveError::Where("in a mapping of no file"))?;
             let (pid, path) = (machine.vm().pid(), path.to_owned());
@@ -153,17 +181,7 @@ pub(crate) async fn take(
         (MemorySaved::InMemfile, _) => return Err(SaveError::Where("in the template's file")),
         _ => return Err(SaveError::Where("as a whole")),
     };
-    // Last: of all that was done, this alone outlives an error.
-    let disk = Arc::new(machine.freeze_disk().await?);
-    Ok(Taken {
-        parent: Arc::new(template.metadata.clone()),
-        memory_parent: template.memory.clone(),
-        memory,
-        memfile,
-        disk_parent: template.disk.clone(),
-        disk,
-        rootfs,
-    })
+    Ok(TakenMemory { parent: template.memory.clone(), written, file })
 }
 
 /// Copies what a stopped process has written, or leaves it where it is if that is too much.
@@ -220,17 +238,22 @@ pub(crate) async fn publish(
         template_id: spec.template_id.clone(),
         build_id: build,
         parent: Some(parent.build_id),
-        base: Some(memory.header.base()),
+        kernel_version: sandbox.kernel_version().to_owned(),
+        base: Some(disk.header.base()),
         guest: Some(sandbox.guest_state()),
+        filesystem_only: memory.is_none(),
         created_at: Utc::now(),
         ..TemplateMetadata::clone(&parent)
     };
-    let (memory_builds, disk_builds) = (Lineage::of(&memory.header), Lineage::of(&disk.header));
-    let below = memory_builds.builds.iter().chain(&disk_builds.builds).map(|(b, _)| *b);
+    let memory_builds = memory.as_ref().map(|m| Lineage::of(&m.header));
+    let disk_builds = Lineage::of(&disk.header);
+    let lineages = memory_builds.iter().chain([&disk_builds]);
+    let below: Vec<BuildId> =
+        lineages.flat_map(|l| l.builds.iter().map(|(b, _)| *b).chain([l.base])).collect();
     // From here until the build is there, so that it is among those that are asked for.
     let removals = sandbox.removals();
     let _no_removal = removals.read().await;
-    for needed in below.chain([memory_builds.base]).filter(|b| *b != build) {
+    for needed in below.into_iter().filter(|b| *b != build) {
         // What is in use is not removed, but files can be lost in other ways.
         if !sandbox.store().exists(needed).await? {
             return Err(SaveError::ParentGone(needed));
@@ -238,7 +261,9 @@ pub(crate) async fn publish(
     }
     let text =
         serde_json::to_vec_pretty(&metadata).map_err(|e| SaveError::io("write metadata.json", e.into()))?;
-    staged.write(Artifact::MemfileHeader, memory.header.to_bytes()).await?;
+    if let Some(memory) = &memory {
+        staged.write(Artifact::MemfileHeader, memory.header.to_bytes()).await?;
+    }
     staged.write(Artifact::RootfsHeader, disk.header.to_bytes()).await?;
     staged.write(Artifact::Metadata, text).await?;
     staged.commit().await?;
@@ -247,11 +272,16 @@ pub(crate) async fn publish(
         metadata,
         stop_time: Duration::ZERO,
         store_time: began.elapsed(),
-        memory_bytes: memory.stored,
+        memory_bytes: memory.map_or(0, |m| m.stored),
         disk_bytes: disk.stored,
         memory_builds,
         disk_builds,
     })
+}
+
+fn new_artifact(staged: &StagedBuild, artifact: Artifact) -> Result<(File, PathBuf), SaveError> {
+    let path = staged.path(artifact);
+    Ok((new_file(path.clone())?, path))
 }
 
 fn new_file(path: PathBuf) -> Result<File, SaveError> {
@@ -270,11 +300,21 @@ fn scratch(dir: &Path) -> Result<NamedTempFile, SaveError> {
 
 impl Taken {
     /// Blocks.
-    fn store(self, build: BuildId) -> Result<(Diff, Diff), SaveError> {
-        let mut memory = DiffWriter::new(&self.memory_parent, build, &self.memfile.0, &self.memfile.1);
-        match &self.memory {
+    fn store(self, build: BuildId) -> Result<(Option<Diff>, Diff), SaveError> {
+        let memory = self.memory.map(|m| m.store(build)).transpose()?;
+        let mut disk = DiffWriter::new(&self.disk_parent, build, &self.rootfs.0, &self.rootfs.1);
+        push(self.disk.ranges(), |at, buf: &mut [u8]| Ok(self.disk.read_blocking(at, buf)?), &mut disk)?;
+        Ok((memory, disk.finish()?))
+    }
+}
+
+impl TakenMemory {
+    /// Blocks.
+    fn store(self, build: BuildId) -> Result<Diff, SaveError> {
+        let mut memory = DiffWriter::new(&self.parent, build, &self.file.0, &self.file.1);
+        match &self.written {
             Written::By(pid, path) => {
-                let memfile = base_memfile(path, &self.memory_parent)?;
+                let memfile = base_memfile(path, &self.parent)?;
                 let process = ProcessMemory::open(*pid, &memfile)?;
                 let read = |at, buf: &mut [u8]| Ok(process.read_at(at, buf)?);
                 push(written_ranges(*pid, &memfile)?, read, &mut memory)?;
@@ -298,9 +338,7 @@ impl Taken {
                 push(ranges.iter().cloned(), read, &mut memory)?;
             }
         }
-        let mut disk = DiffWriter::new(&self.disk_parent, build, &self.rootfs.0, &self.rootfs.1);
-        push(self.disk.ranges(), |at, buf: &mut [u8]| Ok(self.disk.read_blocking(at, buf)?), &mut disk)?;
-        Ok((memory.finish()?, disk.finish()?))
+        Ok(memory.finish()?)
     }
 }
 
@@ -365,7 +403,7 @@ mod tests {
     }
 
     /// Memory that was copied and memory in a file are stored alike: what differs, and no more; and the
-    /// disk as it was frozen.
+    /// disk as it was frozen, alone if it is to be.
     #[tokio::test]
     async fn what_was_taken_is_stored() {
         let dir = tempfile::TempDir::new().unwrap();
@@ -389,7 +427,7 @@ mod tests {
         to.write_all_at(&bytes[2 * PAGE as usize..], 9 * PAGE).unwrap();
         let share = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let copied = Copied { ranges: ranges.clone(), bytes: bytes.clone(), _share: share };
-        for memory in [Written::To(file, ranges), Written::Copied(copied)] {
+        for memory in [Some(Written::To(file, ranges)), Some(Written::Copied(copied)), None] {
             let build = BuildId::random();
             let new = |what: &str| {
                 let path = dir.path().join(format!("{build}.{what}"));
@@ -397,9 +435,11 @@ mod tests {
             };
             let taken = Taken {
                 parent: metadata.clone(),
-                memory_parent: memory_parent.clone(),
-                memory,
-                memfile: new("memfile"),
+                memory: memory.map(|written| TakenMemory {
+                    parent: memory_parent.clone(),
+                    written,
+                    file: new("memfile"),
+                }),
                 disk_parent: disk_parent.clone(),
                 disk: Arc::new(overlay.freeze().await.unwrap()),
                 rootfs: new("rootfs"),
@@ -407,11 +447,16 @@ mod tests {
             overlay.write_at(PAGE, Bytes::from(page(8))).await.unwrap();
             let (memory, disk) = taken.store(build).unwrap();
             let read = |what: &str| std::fs::read(dir.path().join(format!("{build}.{what}"))).unwrap();
-            assert!(read("memfile") == page(77));
-            let zeroed = memory.header.mappings().iter().find(|m| m.build.is_nil()).unwrap();
-            assert_eq!((zeroed.offset, zeroed.len), (3 * PAGE, PAGE));
-            assert_eq!((memory.stored, disk.stored), (PAGE, PAGE));
-            assert_eq!(Lineage::of(&memory.header).builds.iter().map(|(_, n)| n).sum::<u64>(), 15 * PAGE);
+            if let Some(memory) = memory {
+                assert!(read("memfile") == page(77));
+                let zeroed = memory.header.mappings().iter().find(|m| m.build.is_nil()).unwrap();
+                assert_eq!((zeroed.offset, zeroed.len), (3 * PAGE, PAGE));
+                let bytes = Lineage::of(&memory.header).builds.iter().map(|(_, n)| n).sum::<u64>();
+                assert_eq!((memory.stored, bytes), (PAGE, 15 * PAGE));
+            } else {
+                assert!(!dir.path().join(format!("{build}.memfile")).exists());
+            }
+            assert_eq!(disk.stored, PAGE);
             // What was written after it was frozen is not in it.
             assert!(read("rootfs") == page(6));
             overlay.write_at(PAGE, Bytes::from(page(6))).await.unwrap();

@@ -9,7 +9,7 @@ use nidus_block::{MappedDevice, ReadDevice};
 use nidus_memfs::{MemFs, ServedFile};
 use nidus_memory::PageSize;
 use nidus_memory::uffd::{PageSource, Recording};
-use nidus_storage::{Artifact, BuildId, Builds};
+use nidus_storage::{Artifact, BuildArtifact, BuildId, Builds, StorageError};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::DriverId;
 
@@ -17,16 +17,27 @@ use crate::CreateError;
 use crate::pages::{BuildMemory, BuildPages};
 use crate::served::MemoryError;
 
+/// How sandboxes are made of a build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Start {
+    /// They go on from its memory.
+    Restore,
+    /// They are booted from its disk; a memory that it may have is left out.
+    Boot,
+}
+
 /// A build's metadata, its open root disk and its memory; memfile and snapfile are opened anew for
 /// each VM, so that no two share a file position.
 pub struct OpenTemplate {
-    /// `metadata.json`.
+    /// How sandboxes are made of it.
+    pub(crate) start: Start,
+    /// `metadata.json`; of one that is booted, what holds for a guest that begins anew on this node.
     pub metadata: TemplateMetadata,
     /// The read-only root disk.
     pub rootfs: Arc<dyn ReadDevice>,
     /// The disk by its header, which a pause compares with.
     pub(crate) disk: Arc<MappedDevice>,
-    /// The memory by its header, likewise.
+    /// The memory by its header, likewise; all zeros for one that is booted.
     pub(crate) memory: Arc<MappedDevice>,
     /// The memory as a file, for VMMs that map one.
     memfile: Option<ServedFile>,
@@ -36,20 +47,32 @@ pub struct OpenTemplate {
 }
 
 impl OpenTemplate {
-    /// Opens and checks a build: complete, made by this VMM, sizes as the metadata says. Its memory
-    /// becomes a file of `memfs`, if there is one.
+    /// Opens and checks a build: complete, made by this VMM if its state is to be loaded, sizes as the
+    /// metadata says. Its memory becomes a file of `memfs`, if there is one.
     pub async fn open(
         store: &Builds,
         build: BuildId,
+        start: Start,
         here: &DriverId,
         memfs: Option<Arc<MemFs>>,
     ) -> Result<Self, CreateError> {
         if !store.exists(build).await? {
             return Err(CreateError::TemplateNotFound(build));
         }
-        let metadata = TemplateMetadata::parse(build, &store.read(build, Artifact::Metadata).await?)?;
-        metadata.check_vmm(here)?;
-        let memory = mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader).await?;
+        let mut metadata = TemplateMetadata::parse(build, &store.read(build, Artifact::Metadata).await?)?;
+        let memory = match start {
+            Start::Restore if metadata.filesystem_only => return Err(CreateError::DiskAlone(build)),
+            Start::Restore => {
+                metadata.check_vmm(here)?;
+                mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader).await?
+            }
+            Start::Boot => {
+                metadata.vmm = here.clone();
+                // The envd that it had knew one.
+                metadata.guest.iter_mut().for_each(|g| g.access_token = None);
+                zeros(build, u64::from(metadata.memory_mb) << 20).await?
+            }
+        };
         let disk = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader).await?;
         let rootfs: Arc<dyn ReadDevice> = disk.clone();
         let damaged = |what: String| CreateError::Damaged { build, what };
@@ -67,7 +90,7 @@ impl OpenTemplate {
             Some(memfs) => Some(blocking(move || memfs.serve(content).map_err(MemoryError::File)).await?),
         };
         let (store, recording) = (store.clone(), OnceLock::new());
-        Ok(Self { metadata, rootfs, disk, memory, memfile, store, recording })
+        Ok(Self { start, metadata, rootfs, disk, memory, memfile, store, recording })
     }
 
     /// Where [`OpenTemplate::open_memfile`] opens; none where VMMs have their memory served.
@@ -119,6 +142,14 @@ impl OpenTemplate {
         let (store, build) = (self.store.clone(), self.metadata.build_id);
         blocking(move || store.open_file(build, Artifact::Snapfile)).await
     }
+}
+
+/// The memory of a guest that is yet to be booted.
+async fn zeros(build: BuildId, size: u64) -> Result<Arc<MappedDevice>, CreateError> {
+    let header = Header::empty(size, nidus_vmm::PAGE_SIZE)
+        .map_err(|e| CreateError::Damaged { build, what: format!("the size of its memory: {e}") })?;
+    let nobody = |build| Err::<BuildArtifact, _>(StorageError::NotFound(build));
+    Ok(Arc::new(MappedDevice::open(header, nobody).await?))
 }
 
 /// The device that a build's header describes.

@@ -188,9 +188,11 @@ impl BuildError {
 
 /// Builds templates on this node.
 pub struct Builder {
-    config: BuildConfig,
+    pub(crate) config: BuildConfig,
     store: Arc<Builds>,
-    host: Arc<VmHost>,
+    pub(crate) host: Arc<VmHost>,
+    /// Held while a kernel is fetched.
+    pub(crate) fetching: tokio::sync::Mutex<()>,
 }
 
 /// Sends log lines of one step.
@@ -209,12 +211,12 @@ impl Log {
 
 /// How long a guest may take from power-on to envd's answer. Software emulation on a busy host
 /// is the slow end.
-const READY_LIMIT: Duration = Duration::from_secs(180);
+pub const READY_LIMIT: Duration = Duration::from_secs(180);
 
 impl Builder {
     /// A builder over this node's parts.
     pub fn new(config: BuildConfig, store: Arc<Builds>, host: Arc<VmHost>) -> Self {
-        Self { config, store, host }
+        Self { config, store, host, fetching: Default::default() }
     }
 
     /// Removes what builds of a killed daemon left in the work directory.
@@ -259,18 +261,13 @@ impl Builder {
     ) -> Result<TemplateMetadata, BuildError> {
         let staged = self.store.stage(request.build_id).await?;
         log.info("kernel", "looking for a guest kernel");
-        let kernel = crate::kernel::ensure(&self.config.kernels, cancel, |l| log.info("kernel", l)).await?;
+        let kernel = self.kernel(None, cancel, |l| log.info("kernel", l)).await?;
         log.info("kernel", format!("kernel {}", kernel.version));
-        let initrd = work.join("initrd");
-        kernel.write_initramfs(&self.config.guest_init, &initrd)?;
+        let boot = self.boot(&kernel, work).await?;
         self.make_rootfs(work, request, &staged, log, cancel).await?;
-        let needs = self.host.vmm.needs();
-        let source = kernel.clone();
-        let image = blocking(move || Ok(source.image_for(needs.kernel)?)).await?;
-        let cmdline = format!("console=ttyS0 quiet {} random.trust_cpu=on", needs.kernel_arguments);
         let boot = ColdBoot {
             name: format!("build-{}", request.build_id),
-            boot: nidus_vmm::Boot { kernel: image, initrd, cmdline },
+            boot,
             vcpus: request.vcpu,
             memory_mb: request.memory_mb,
             huge_pages: request.huge_pages,
@@ -344,6 +341,7 @@ impl Builder {
             memory_mb: request.memory_mb,
             disk_mb: request.disk_mb,
             huge_pages: request.huge_pages,
+            filesystem_only: false,
             envd_version: nidus_envd_protocol::ENVD_VERSION.to_owned(),
             parent: None,
             base: None,

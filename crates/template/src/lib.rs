@@ -2,9 +2,11 @@
 //!
 //! A template is a directory of artifacts in storage: root disk, guest memory, device state and
 //! [`TemplateMetadata`]. It is built once ([`Builder`]): a root file system is made, a VM boots
-//! it, and when envd answers the VM is stopped and saved. Sandboxes resume from there.
+//! it, and when envd answers the VM is stopped and saved. Sandboxes resume from there; what a disk alone
+//! is booted with comes from here too ([`BootFiles`]).
 
 mod boot;
+mod boot_files;
 mod build;
 mod command;
 mod disk;
@@ -15,7 +17,8 @@ mod metadata;
 mod rootfs;
 
 pub use boot::limits;
-pub use build::{BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, Source};
+pub use boot_files::BootFiles;
+pub use build::{BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, READY_LIMIT, Source};
 pub use disk::DiskServer;
 pub use host::{DiskError, RootDisk, VmHost, tap_mode};
 pub use image::{identity as image_identity, make as make_image};

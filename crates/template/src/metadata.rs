@@ -29,6 +29,9 @@ pub struct TemplateMetadata {
     /// The guest's memory consists of pages of 2 MiB.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub huge_pages: bool,
+    /// It has a disk and no memory: sandboxes are booted from it, not resumed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub filesystem_only: bool,
     /// Version of the envd inside.
     pub envd_version: String,
     /// The build that was resumed and then paused as this one; none for a template.
@@ -131,6 +134,7 @@ mod tests {
             memory_mb: 512,
             disk_mb: 1024,
             huge_pages: false,
+            filesystem_only: false,
             envd_version: "0.1.0".into(),
             parent: None,
             base: None,
@@ -144,6 +148,11 @@ mod tests {
         let m = sample();
         let text = serde_json::to_vec(&m).unwrap();
         assert_eq!(TemplateMetadata::parse(m.build_id, &text).unwrap(), m);
+        // As they were written before there were builds without memory.
+        assert!(!String::from_utf8(text).unwrap().contains("filesystem_only"));
+        let disk_only = TemplateMetadata { filesystem_only: true, ..m };
+        let text = serde_json::to_vec(&disk_only).unwrap();
+        assert_eq!(TemplateMetadata::parse(disk_only.build_id, &text).unwrap(), disk_only);
     }
 
     #[test]

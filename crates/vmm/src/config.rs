@@ -14,9 +14,10 @@ use crate::Limits;
 pub enum Memory {
     /// Writes go to the file: a cold boot whose memory becomes the template's memfile.
     Shared(File),
-    /// A private, copy-on-write mapping of a file that is never written: a resumed sandbox.
+    /// A private, copy-on-write mapping of a file that is never written: a resumed sandbox, or one that
+    /// is booted in a file of zeros.
     Private(File),
-    /// The VMM's own memory: a cold boot whose memory is written to a file by its snapshot.
+    /// The VMM's own memory: a cold boot whose memory is written to a file by its snapshots.
     Own,
     /// The VMM's own memory, filled page by page by a server in the daemon (userfaultfd). While
     /// the state is loaded, the VMM's connection is handed over; on it comes one message, the
@@ -130,7 +131,7 @@ pub enum TapDoor {
 /// Kinds of [`Memory`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryDoor {
-    /// Boots with [`Memory::Shared`], resumes with [`Memory::Private`].
+    /// Boots with [`Memory::Shared`] or [`Memory::Private`], resumes with [`Memory::Private`].
     Memfile,
     /// Boots with [`Memory::Own`], resumes with [`Memory::Served`] or [`Memory::Private`].
     Own,

@@ -22,8 +22,12 @@ pub use templates::{BuildRow, BuildStatus, TemplateRow};
 /// Version of the schema that this program writes.
 const SCHEMA: i64 = STEPS.len() as i64;
 /// What makes each version out of the one before it.
-const STEPS: [&str; 3] =
-    [include_str!("schema.sql"), include_str!("schema2.sql"), include_str!("schema3.sql")];
+const STEPS: [&str; 4] = [
+    include_str!("schema.sql"),
+    include_str!("schema2.sql"),
+    include_str!("schema3.sql"),
+    include_str!("schema4.sql"),
+];
 /// Another process (`nidus key create`) may be writing.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
 

@@ -19,11 +19,17 @@ pub struct SnapshotRow {
     pub config: SandboxConfig,
     pub started_at: DateTime<Utc>,
     pub paused_at: DateTime<Utc>,
+    /// It was paused without its memory.
+    pub filesystem_only: bool,
 }
 
 macro_rules! select {
     ($rest:literal) => {
-        concat!("SELECT build_id, sandbox_id, status, config, started_at, paused_at FROM snapshots ", $rest)
+        concat!(
+            "SELECT build_id, sandbox_id, status, config, started_at, paused_at, filesystem_only ",
+            "FROM snapshots ",
+            $rest
+        )
     };
 }
 
@@ -37,6 +43,7 @@ fn row(r: &SqliteRow) -> Result<SnapshotRow, sqlx::Error> {
         config,
         started_at: time(r.try_get(4)?),
         paused_at: time(r.try_get(5)?),
+        filesystem_only: r.try_get(6)?,
     })
 }
 
@@ -46,10 +53,12 @@ impl Store {
         &self,
         config: &SandboxConfig,
         started_at: DateTime<Utc>,
+        filesystem_only: bool,
     ) -> Result<(), StoreError> {
         sqlx::query(
-            "INSERT INTO snapshots (build_id, sandbox_id, team_id, status, config, started_at, paused_at) \
-             VALUES (?, ?, ?, 'pausing', ?, ?, ?)",
+            "INSERT INTO snapshots \
+             (build_id, sandbox_id, team_id, status, config, started_at, paused_at, filesystem_only) \
+             VALUES (?, ?, ?, 'pausing', ?, ?, ?, ?)",
         )
         .bind(&config.build_id)
         .bind(&config.sandbox_id)
@@ -57,6 +66,7 @@ impl Store {
         .bind(config.encode_to_vec())
         .bind(started_at.timestamp_millis())
         .bind(now())
+        .bind(filesystem_only)
         .execute(&self.pool)
         .await
         .map(drop)
@@ -151,13 +161,14 @@ mod tests {
         };
         let started = DateTime::from_timestamp(5, 0).unwrap();
         for (sandbox, build) in [("a", "1"), ("b", "2"), ("a", "3")] {
-            store.begin_pause(&config(sandbox, build), started).await.unwrap();
+            store.begin_pause(&config(sandbox, build), started, build == "3").await.unwrap();
         }
         assert_eq!(store.interrupted_pauses().await.unwrap().len(), 3);
         store.finish_pause("1").await.unwrap();
         let of_a = store.snapshots_of(&team, "a").await.unwrap();
         let seen: Vec<_> = of_a.iter().map(|s| (s.build_id.as_str(), s.paused)).collect();
         assert_eq!(seen, [("3", false), ("1", true)]);
+        assert!(of_a[0].filesystem_only && !of_a[1].filesystem_only);
         assert_eq!((&of_a[0].config, of_a[0].started_at), (&config("a", "3"), started));
         assert!(store.snapshots_of("another", "a").await.unwrap().is_empty());
         assert_eq!(store.newest_snapshot("a").await.unwrap().unwrap().build_id, "3");

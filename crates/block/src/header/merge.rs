@@ -9,7 +9,9 @@ impl Header {
     /// ascending and apart, each stored where it says (or by nobody, if it became zeros).
     pub fn child(&self, build: BuildId, changed: &[Mapping]) -> Result<Self, HeaderError> {
         let generation = self.generation.saturating_add(1);
-        Self { generation, build, ..self.relocated(changed)? }.checked()
+        // Nothing is no build: the line begins with the first one that stores something.
+        let base = if self.base.is_nil() { build } else { self.base };
+        Self { generation, build, base, ..self.relocated(changed)? }.checked()
     }
 
     /// The header of the same build with the ranges of `moved`, ascending and apart, stored where

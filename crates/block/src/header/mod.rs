@@ -97,6 +97,11 @@ impl Header {
         Self { block_size, size, generation: 0, build, base: build, mappings: vec![whole] }.checked()
     }
 
+    /// The header of a device of `size` bytes that nobody has written to: all zeros, of no build.
+    pub fn empty(size: u64, block_size: u64) -> Result<Self, HeaderError> {
+        Self::identity(BuildId::NIL, size, block_size)
+    }
+
     /// Whether its build stores all of the device itself, block by block.
     pub fn is_identity(&self) -> bool {
         matches!(self.mappings[..], [Mapping { build, build_offset: 0, .. }] if build == self.build)

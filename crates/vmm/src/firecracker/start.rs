@@ -13,7 +13,7 @@ use super::api::{
 };
 use super::vm::{FirecrackerVm, LoadOptions};
 use super::{Firecracker, place};
-use crate::console::Tail;
+use crate::console::{CONSOLE_MOST, Tail};
 use crate::jail::Jail;
 use crate::mount::Access;
 use crate::process::{Process, Spawn, socket_pair};
@@ -60,7 +60,7 @@ impl Firecracker {
         let console = Tail::new(CONSOLE_LIMIT);
         let (ours, theirs) = socket_pair()?;
         let serial = UnixStream::from_std(ours).map_err(|e| VmmError::io("use the console", e))?;
-        tokio::spawn(console.clone().keep(serial));
+        tokio::spawn(console.clone().keep(serial, CONSOLE_MOST));
         let vm = self.start(config, jail, Some((console, theirs))).await?;
         requests.send(&vm).await?;
         Ok(vm)

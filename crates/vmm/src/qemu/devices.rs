@@ -39,6 +39,11 @@ pub fn scratch() -> io::Result<File> {
     Ok(File::from(memfd_create(c"nidus-state", MFdFlags::MFD_CLOEXEC)?))
 }
 
+/// What a state says of the machine that [`super::args::arguments`] starts: its name, and that
+/// memory in a file is not part of the state. A machine that was booted has loaded no state that says so.
+pub const BOOTED: &[u8] = b"\x07\0\0\0\x07microvm\
+    \x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared";
+
 /// The section of a state file that says for which machine it is; the file's position is at its
 /// beginning before and after.
 pub fn configuration(mut file: &File) -> Result<Vec<u8>, StateError> {
@@ -144,25 +149,22 @@ mod tests {
         file
     }
 
-    const MACHINE: &[u8] = b"\x07\0\0\0\x07microvm\
-        \x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared";
-
     #[test]
     fn a_state_of_devices_gets_the_machine_of_the_state_before_it() {
-        let before = file(&[&MAGIC, MACHINE, b"\x04section", &[EOF]]);
+        let before = file(&[&MAGIC, BOOTED, b"\x04section", &[EOF]]);
         let configuration = configuration(&before).unwrap();
-        assert_eq!(configuration, MACHINE);
+        assert_eq!(configuration, BOOTED);
         let (devices, mut out) = (file(&[&MAGIC, b"\x04other", &[EOF]]), file(&[]));
         complete(&devices, &configuration, &out).unwrap();
         out.seek(SeekFrom::Start(0)).unwrap();
         let mut bytes = Vec::new();
         out.read_to_end(&mut bytes).unwrap();
-        assert_eq!(bytes, [&MAGIC[..], MACHINE, b"\x04other", &[EOF], b"\x06\0\0\0\0"].concat());
+        assert_eq!(bytes, [&MAGIC[..], BOOTED, b"\x04other", &[EOF], b"\x06\0\0\0\0"].concat());
     }
 
     #[test]
     fn what_is_not_a_state_is_refused() {
-        let whole = [&MAGIC[..], MACHINE].concat();
+        let whole = [&MAGIC[..], BOOTED].concat();
         for len in 0..whole.len() {
             // A section ends before a subsection or after it, and nowhere else.
             let found = configuration(&file(&[&whole[..len]]));
@@ -170,8 +172,8 @@ mod tests {
         }
         assert!(configuration(&file(&[&MAGIC, b"\x07\0\0\0\x01m\x05\x01?\0\0\0\x01"])).is_err());
         let out = file(&[]);
-        assert!(complete(&file(&[&MAGIC, b"\x04cut"]), MACHINE, &out).is_err());
-        assert!(complete(&file(&[b"junk"]), MACHINE, &out).is_err());
+        assert!(complete(&file(&[&MAGIC, b"\x04cut"]), BOOTED, &out).is_err());
+        assert!(complete(&file(&[b"junk"]), BOOTED, &out).is_err());
         assert!(complete(&file(&[&MAGIC, &[EOF]]), &[], &out).is_err());
     }
 }

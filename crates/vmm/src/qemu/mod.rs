@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use tokio::net::UnixStream;
 
 use crate::cgroup::CgroupRoot;
-use crate::console::Tail;
+use crate::console::{CONSOLE_MOST, Tail};
 use crate::process::{ExitWatch, Process, Spawn, socket_pair};
 use crate::running::{Running, StepError};
 use crate::{
@@ -83,7 +83,7 @@ impl Qemu {
             Some(_) => {
                 let (serial, child) = socket_pair()?;
                 let serial = UnixStream::from_std(serial).map_err(|e| VmmError::io("use the console", e))?;
-                tokio::spawn(console.clone().keep(serial));
+                tokio::spawn(console.clone().keep(serial, CONSOLE_MOST));
                 Some(child)
             }
             None => None,
@@ -123,7 +123,8 @@ impl Qemu {
         let process = Process::spawn(&name, spawn).await?;
         let stream = UnixStream::from_std(qmp).map_err(|e| VmmError::io("use the monitor socket", e))?;
         let vm = Running::new(name, process, cgroup);
-        let mut vm = QemuVm { vm, qmp: None, console, shared, configuration: Vec::new() };
+        let configuration = boot.map_or_else(Vec::new, |_| devices::BOOTED.to_vec());
+        let mut vm = QemuVm { vm, qmp: None, console, shared, configuration };
         let qmp = vm.vm.step("starting QEMU", STEP_LIMIT, async {
             let mut qmp = Qmp::handshake(stream).await?;
             qmp.prepare_migration().await?;
