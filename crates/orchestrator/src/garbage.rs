@@ -20,10 +20,10 @@ pub(crate) struct GarbageOf(pub Arc<Node>);
 ///
 /// # Errors
 /// When the request or the builds cannot be read. What cannot be deleted is named in the answer.
-pub async fn collect(
+pub async fn collect<F: Future<Output = Result<(), RemoveError>>>(
     lineages: &Lineages,
     request: &CollectGarbageRequest,
-    remove: impl AsyncFn(BuildId) -> Result<(), RemoveError>,
+    remove: impl Fn(BuildId) -> F,
 ) -> Result<CollectGarbageResponse, Status> {
     let bad = |what: &str| Status::invalid_argument(format!("{what} is missing or out of range"));
     let kept: HashSet<BuildId> =
@@ -65,7 +65,11 @@ impl GarbageService for GarbageOf {
         let (factory, request) = (self.0.factory.clone(), request.into_inner());
         // A task of its own: deleting goes on when the caller goes away.
         let done = tokio::spawn(async move {
-            collect(factory.lineages(), &request, async |build| factory.remove(build).await).await
+            let remove = |build| {
+                let factory = factory.clone();
+                async move { factory.remove(build).await }
+            };
+            collect(factory.lineages(), &request, remove).await
         });
         let lost = |e| Status::internal(format!("the collection did not finish: {e}"));
         done.await.map_err(lost)?.map(Response::new)

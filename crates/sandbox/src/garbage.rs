@@ -128,7 +128,7 @@ fn unreachable(needed: &HashSet<BuildId>, reads: &Reads) -> Result<Vec<BuildId>,
             free = left.iter().copied().collect();
         }
         free.sort_unstable();
-        free.iter().for_each(|b| drop(left.remove(b)));
+        left.retain(|b| !free.contains(b));
         ordered.extend(free);
     }
     Ok(ordered)

@@ -76,8 +76,7 @@ async fn without_daemon(gc: &Gc, config: &Config) -> anyhow::Result<GarbageRepor
     let builds = Arc::new(crate::builds::open(config, &store).await?);
     let lineages = Lineages::new(builds.clone());
     let request = store.garbage_request(gc.grace.unwrap_or(DEFAULT_GRACE), gc.delete).await?;
-    let remove = async |build| lineages.remove(build).await;
-    let answer = nidus_orchestrator::collect(&lineages, &request, remove).await;
+    let answer = nidus_orchestrator::collect(&lineages, &request, |build| lineages.remove(build)).await;
     let answer = answer.map_err(|s| anyhow!("{}", s.message()))?;
     builds.remove_queued().await?;
     store.close().await;
