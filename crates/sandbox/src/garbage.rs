@@ -122,13 +122,13 @@ fn unreachable(needed: &HashSet<BuildId>, reads: &Reads) -> Result<Vec<BuildId>,
     while !left.is_empty() {
         let read: HashSet<BuildId> =
             left.iter().filter_map(|b| reads[b].as_deref()).flatten().copied().collect();
-        let mut free: Vec<BuildId> = left.iter().copied().filter(|b| !read.contains(b)).collect();
+        let mut free: Vec<BuildId> = left.difference(&read).copied().collect();
+        left.retain(|b| read.contains(b));
         if free.is_empty() {
             // Headers that name each other are no work of ours; whoever removes them finds them in use.
-            free = left.iter().copied().collect();
+            free.extend(left.drain());
         }
         free.sort_unstable();
-        left.retain(|b| !free.contains(b));
         ordered.extend(free);
     }
     Ok(ordered)
