@@ -100,7 +100,8 @@ async fn an_inventory_says_where_builds_are_and_whose_they_are() {
     let (first, mut second) = (Node::start(one.path(), &store), Node::start(two.path(), &store));
     let build = first.publish(1).await;
     first.settle().await;
-    let [mine] = &first.builds.inventory().await.unwrap()[..] else { panic!("one build") };
+    let all = first.builds.inventory().await.unwrap();
+    let [mine] = &all[..] else { panic!("one build: {all:?}") };
     assert!(mine.ours && !mine.uploading && mine.disk > Some(100_000) && mine.remote > Some(1000));
     // With nobody who uploads.
     second.stop.cancel();
