@@ -1,7 +1,6 @@
 """The node's SandboxService, called as E2B's own API server calls it: gRPC, no API in between."""
 
 import importlib
-import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -9,24 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
-from grpc_tools import protoc
-from support.daemon import REPO, wait_for
-
-PROTO = REPO / "crates/proto/proto"
-
-
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory):
-    """Python modules made from the .proto files that the daemon is built from."""
-    out = tmp_path_factory.mktemp("proto")
-    include = importlib.resources.files("grpc_tools") / "_proto"
-    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto"])
-    assert code == 0
-    sys.path.insert(0, str(out))
-    try:
-        yield importlib.import_module("orchestrator_pb2"), importlib.import_module("orchestrator_pb2_grpc")
-    finally:
-        sys.path.remove(str(out))
+from support.daemon import wait_for
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,14 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 5] =
-    ["orchestrator.proto", "template-manager.proto", "info.proto", "chunks.proto", "proxy.proto"];
+const FILES: [&str; 6] = [
+    "orchestrator.proto",
+    "template-manager.proto",
+    "info.proto",
+    "chunks.proto",
+    "garbage.proto",
+    "proxy.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -11,6 +11,7 @@ use nidus_proto::node::{
 use uuid::Uuid;
 
 use crate::store::BuildStatus;
+use crate::templates::plain_name;
 use crate::{Api, ApiError};
 
 /// Between two looks at a build.
@@ -50,6 +51,24 @@ impl Api {
             self.store.set_build(&b.id, BuildStatus::Error, Some(reason)).await?;
         }
         Ok(None)
+    }
+
+    /// The build that this stands for now: the newest ready one of a template's name or id, or a build's
+    /// own id.
+    ///
+    /// # Errors
+    /// When the store cannot be asked.
+    pub async fn build_of(&self, name: &str) -> Result<Option<String>, ApiError> {
+        let Some(t) = self.store.template(plain_name(name)).await? else {
+            return Ok(Uuid::try_parse(name).is_ok().then(|| name.to_owned()));
+        };
+        let ready = self.store.builds(&t.id).await?.into_iter().find(|b| b.status == BuildStatus::Ready);
+        Ok(ready.map(|b| b.id))
+    }
+
+    /// Waits until a template has a new build, since the last call of this.
+    pub async fn built(&self) {
+        self.built.notified().await;
     }
 
     /// Builds a template, waits for its end and returns the build's id.
@@ -157,6 +176,7 @@ impl Api {
             let m = end.metadata.unwrap_or_default();
             let (envd, kernel, vmm) = (&m.envd_version_key, &m.kernel_version, &m.firecracker_version);
             self.store.finish_build(id, m.rootfs_size_key, envd, kernel, vmm).await?;
+            self.built.notify_one();
             return Ok(());
         }
         let reason = end.reason.map_or_else(|| "the node does not say why".to_owned(), |r| r.message);

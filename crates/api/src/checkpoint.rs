@@ -105,7 +105,10 @@ impl Api {
         let checkpoint = self.checkpoint(&s, filesystem_only).await?;
         let config = &checkpoint.config;
         match self.store.keep_checkpoint(name, config).await? {
-            Some(kept) => Ok(kept),
+            Some(kept) => {
+                self.built.notify_one();
+                Ok(kept)
+            }
             None => {
                 self.end_build(&config.build_id, &config.template_id).await?;
                 let name = name.unwrap_or_default();

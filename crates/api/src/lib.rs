@@ -9,6 +9,7 @@ mod build;
 mod checkpoint;
 mod error;
 mod expiry;
+mod garbage;
 mod input;
 mod list;
 mod model;
@@ -25,9 +26,11 @@ use std::time::Duration;
 
 pub use build::TemplateSpec;
 pub use error::ApiError;
+pub use garbage::{DEFAULT_GRACE, GarbageEntry, GarbageReport};
 pub use nodes::{Nodes, VMM_LABEL};
 pub use server::serve;
 pub use store::{ApiKey, NewKey, Store, StoreError};
+use tokio::sync::Notify;
 
 /// Settings of the API.
 #[derive(Debug, Clone)]
@@ -58,6 +61,8 @@ pub struct Api {
     pub(crate) turns: pause::Turns,
     pub(crate) in_hand: checkpoint::InHand,
     ready: AtomicBool,
+    /// Told when a template has a new build.
+    built: Notify,
 }
 
 impl Api {
@@ -70,6 +75,7 @@ impl Api {
             turns: Default::default(),
             in_hand: Default::default(),
             ready: AtomicBool::new(false),
+            built: Notify::new(),
         })
     }
 

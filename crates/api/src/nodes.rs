@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nidus_proto::node::garbage_service_client::GarbageServiceClient;
 use nidus_proto::node::info_service_client::InfoServiceClient;
 use nidus_proto::node::sandbox_service_client::SandboxServiceClient;
 use nidus_proto::node::template_service_client::TemplateServiceClient;
@@ -54,6 +55,10 @@ impl Nodes {
 
     pub(crate) fn templates(&self) -> TemplateServiceClient<Channel> {
         TemplateServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
+    }
+
+    pub(crate) fn garbage(&self) -> GarbageServiceClient<Channel> {
+        GarbageServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
     }
 
     pub(crate) async fn is_healthy(&self) -> bool {

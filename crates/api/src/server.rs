@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
-use crate::{Api, ApiError, checkpoint, expiry, pause, sandboxes, templates};
+use crate::{Api, ApiError, checkpoint, expiry, garbage, pause, sandboxes, templates};
 
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// A client's connection without a request for this long is closed. The SDKs keep theirs for up to
@@ -69,6 +69,7 @@ fn router(api: Arc<Api>) -> Router {
         .route("/sandboxes/{id}/snapshots", post(checkpoint::snapshot))
         .route("/sandboxes/{id}/fork", post(checkpoint::fork))
         .route("/snapshots", get(checkpoint::list))
+        .route("/admin/garbage", get(garbage::collect).delete(garbage::collect))
         .route("/templates", get(templates::list))
         .route("/v2/templates", get(templates::list))
         .route("/v3/templates", post(templates::request_build))

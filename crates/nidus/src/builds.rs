@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use nidus_api::Store;
 use nidus_storage::remote::{
     ReaderOptions, RemoteOptions, RemoteQueue, RemoteReader, RemoteStore, UploadOptions, Uploader,
 };
@@ -11,6 +12,7 @@ use nidus_storage::{Builds, FrameCache, LocalStore};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use crate::config::Config;
 
@@ -29,12 +31,9 @@ impl NodeBuilds {
     /// Opens what the configuration names. An object store that cannot be used is an error now, not
     /// when the first build is needed.
     pub async fn open(config: &Config) -> anyhow::Result<Self> {
-        let dir = config.data_dir.clone();
-        let local = on_disk(move || Ok(LocalStore::open(dir.join("storage"))?)).await?;
-        let builds = match &config.storage {
-            None => Builds::from(local),
-            Some(url) => with_remote(config, url, local).await?,
-        };
+        let store = crate::client::store(config).await?;
+        let builds = open(config, &store).await?;
+        store.close().await;
         if builds.reclaim().await? > 0 {
             tracing::warn!("removed builds that were never finished");
         }
@@ -55,12 +54,23 @@ impl NodeBuilds {
     }
 }
 
-async fn with_remote(config: &Config, url: &str, local: LocalStore) -> anyhow::Result<Builds> {
+/// The builds that the configuration names. What is uploaded is marked as the installation's whose
+/// `store` this is.
+pub async fn open(config: &Config, store: &Store) -> anyhow::Result<Builds> {
+    let dir = config.data_dir.clone();
+    let local = on_disk(move || Ok(LocalStore::open(dir.join("storage"))?)).await?;
+    match &config.storage {
+        None => Ok(Builds::from(local)),
+        Some(url) => with_remote(config, url, store.installation().await?, local).await,
+    }
+}
+
+async fn with_remote(config: &Config, url: &str, owner: Uuid, local: LocalStore) -> anyhow::Result<Builds> {
     let options = RemoteOptions::default();
     let (dir, limit, url) = (config.data_dir.clone(), config.storage_cache_mb << 20, url.to_owned());
     let runtime = Handle::current();
     let (builds, store) = on_disk(move || {
-        let store = RemoteStore::open(&url, &options)?;
+        let store = RemoteStore::open(&url, &options)?.owned_by(owner);
         let cache = FrameCache::open(dir.join("cache"), limit)?;
         let queue = RemoteQueue::open(dir.join("uploads"))?;
         let uploader = Uploader::open(local.clone(), store.clone(), queue, UploadOptions::default())?;

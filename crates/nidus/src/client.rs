@@ -32,12 +32,16 @@ fn variable(names: [&str; 2]) -> Option<String> {
     names.iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.is_empty()))
 }
 
+/// The API that the SDKs' variables name, if they do.
+pub fn named_api() -> Option<String> {
+    variable(["NIDUS_API_URL", "E2B_API_URL"])
+}
+
 impl Client {
     /// From the SDKs' variables, else for the daemon of this configuration. Then the key is the
     /// command line's own, made at its first use.
     pub async fn new(config: &Config) -> anyhow::Result<Self> {
-        let api = variable(["NIDUS_API_URL", "E2B_API_URL"])
-            .unwrap_or_else(|| format!("http://{}", config.api_addr));
+        let api = named_api().unwrap_or_else(|| format!("http://{}", config.api_addr));
         let proxy = || format!("http://{}", config.proxy_addr);
         let sandbox_url = variable(["NIDUS_SANDBOX_URL", "E2B_SANDBOX_URL"]).unwrap_or_else(proxy);
         let key = match variable(["NIDUS_API_KEY", "E2B_API_KEY"]) {

@@ -82,6 +82,12 @@ pub struct Config {
     pub huge_pages: bool,
     /// Machines kept ready for each template in use; 0 turns it off.
     pub warm: usize,
+    /// How long a template stays open after its last use, in seconds.
+    pub template_ttl_s: u64,
+    /// Templates that stay open for good, by name or id, or by the id of a build; the base template
+    /// when not set. In the environment with commas between.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "names")]
+    pub pinned_templates: Option<Vec<String>>,
     /// Sandboxes at once.
     pub max_sandboxes: usize,
     /// Sandboxes that start at the same instant.
@@ -155,6 +161,9 @@ impl Default for Config {
             disk_mb: 2048,
             huge_pages: false,
             warm: 4,
+            // Longer than a sandbox may live.
+            template_ttl_s: 25 * 3600,
+            pinned_templates: None,
             max_sandboxes: 100,
             max_starting: 4,
             slots: 4,
@@ -204,6 +213,7 @@ impl Config {
             firecracker_version: Some(String::new()),
             envd: Some(PathBuf::new()),
             guest_init: Some(PathBuf::new()),
+            pinned_templates: Some(Vec::new()),
             local_images: [(String::new(), PathBuf::new())].into(),
             ..Self::default()
         }) {
@@ -222,12 +232,20 @@ impl Config {
         if self.max_sandboxes == 0 || self.max_sandboxes > 4000 {
             bail!("max_sandboxes {} is not between 1 and 4000", self.max_sandboxes);
         }
+        if self.template_ttl_s == 0 {
+            bail!("template_ttl_s is 0: templates are closed after one second at the earliest");
+        }
         for (name, path) in &self.local_images {
             if name.is_empty() || !path.is_absolute() {
                 bail!("local_images: '{name}={}' is not a name and an absolute path", path.display());
             }
         }
         Ok(self)
+    }
+
+    /// The templates that stay open for good.
+    pub fn pinned(&self) -> &[String] {
+        self.pinned_templates.as_deref().unwrap_or(std::slice::from_ref(&self.base_template))
     }
 
     /// The program `name` of this release: named, beside this one, or installed.
@@ -249,6 +267,20 @@ impl Config {
                 anyhow!("{name} was not found beside {}. Run make build, or set {variable}", own.display())
             })
     }
+}
+
+/// A list, or the environment's `NAME,NAME`.
+fn names<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<String>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        List(Vec<String>),
+        Text(String),
+    }
+    Ok(Some(match Form::deserialize(from)? {
+        Form::List(list) => list,
+        Form::Text(text) => text.split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect(),
+    }))
 }
 
 /// A table, or the environment's `NAME=PATH,NAME=PATH`.
@@ -323,6 +355,20 @@ mod tests {
         let error = |text: &str| load(text).unwrap_err().to_string();
         assert!(error("local_images = \"mine\"\n").contains("local_images"));
         assert!(error("local_images = \"mine=m.ext4\"\n").contains("absolute"));
+    }
+
+    #[test]
+    fn the_base_template_is_pinned_unless_others_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nidus.toml");
+        let pinned = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            Config::load(Some(&path)).unwrap().pinned().to_vec()
+        };
+        assert_eq!(pinned("base_template = \"mine\"\n"), ["mine"]);
+        assert_eq!(pinned("pinned_templates = [\"a\", \"b\"]\n"), ["a", "b"]);
+        assert_eq!(pinned("pinned_templates = \"a,b\"\n"), ["a", "b"]);
+        assert!(pinned("pinned_templates = []\n").is_empty());
     }
 
     #[test]

@@ -61,7 +61,21 @@ pub fn relative(time: DateTime<Utc>) -> String {
     }
 }
 
-fn duration(seconds: u64) -> String {
+/// `17 B`, `4.0 KiB`, `1.2 GiB`.
+pub fn size(bytes: u64) -> String {
+    let mut amount = bytes as f64;
+    let mut units = ["B", "KiB", "MiB", "GiB"].into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    for larger in units.take_while(|_| bytes >= 1024) {
+        if amount < 1024.0 {
+            break;
+        }
+        (amount, unit) = (amount / 1024.0, larger);
+    }
+    if unit == "B" { format!("{bytes} B") } else { format!("{amount:.1} {unit}") }
+}
+
+pub fn duration(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),
         60..3600 => format!("{}m {}s", seconds / 60, seconds % 60),

@@ -1,5 +1,6 @@
 //! `nidus serve`: every part in its order, and back in reverse.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use nidus_network::{NetworkConfig, Pool, TapMode};
 use nidus_orchestrator::{Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, ProxyConfig};
 use nidus_sandbox::{Factory, FactoryConfig};
+use nidus_storage::BuildId;
 use nidus_telemetry::{Fanout, LogSink, RunningSink, Sink};
 use nidus_template::{BuildConfig, Builder, VmHost};
 use nidus_vmm::DriverId;
@@ -189,7 +191,12 @@ impl Parts {
         let network = Pool::start(network_of(&range, tap), config.slots).await;
         let network = Arc::new(network.inspect_err(|_| cgroups.remove())?);
         let overlays = run.0.join("overlays");
-        let factory = FactoryConfig { overlays, warm: config.warm, envd_limit: ENVD_LIMIT };
+        let factory = FactoryConfig {
+            overlays,
+            warm: config.warm,
+            envd_limit: ENVD_LIMIT,
+            template_ttl: Duration::from_secs(config.template_ttl_s),
+        };
         let started = async {
             let host = VmHost::open(vmm.clone(), network.clone(), config.uid_base, INSTANCE).await?;
             let host = Arc::new(host);
@@ -266,7 +273,7 @@ impl Parts {
                 Ok(()) => {
                     api.set_ready(true);
                     tracing::info!("ready after {:.1} s: template {} can be used", began.elapsed().as_secs_f64(), config.base_template);
-                    stop.cancelled().await;
+                    stop.run_until_cancelled(self.keep_pinned(config, &api)).await;
                     Ok(())
                 }
                 Err(e) => Err(e),
@@ -324,6 +331,22 @@ impl Parts {
             }
         }
         Ok(())
+    }
+
+    /// Tells the factory which builds are pinned, now and whenever a template has a new one.
+    async fn keep_pinned(&self, config: &Config, api: &Api) {
+        loop {
+            let mut builds = HashSet::new();
+            for name in config.pinned() {
+                match api.build_of(name).await {
+                    Ok(Some(build)) => builds.extend(build.parse::<BuildId>()),
+                    Ok(None) => tracing::warn!("{name}, which is to be pinned, has no build that is ready"),
+                    Err(e) => tracing::warn!("cannot find out which build of {name} is to be pinned: {e}"),
+                }
+            }
+            self.factory.pin(builds).await;
+            api.built().await;
+        }
     }
 
     /// Everything back, last first.

@@ -6,6 +6,7 @@
 //! same kind.
 
 mod builds;
+mod garbage;
 mod info;
 mod node;
 mod owner;
@@ -14,5 +15,6 @@ mod save;
 mod server;
 mod template_service;
 
+pub use garbage::collect;
 pub use node::{Node, NodeConfig};
 pub use server::serve;

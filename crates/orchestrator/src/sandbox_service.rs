@@ -273,13 +273,11 @@ impl SandboxService for Sandboxes {
         &self,
         _: Request<()>,
     ) -> Result<Response<SandboxListCachedBuildsResponse>, Status> {
-        let builds =
-            self.0.factory.store().local().list().await.map_err(|e| Status::internal(e.to_string()))?;
-        // Builds in the local store stay until they are deleted: no expiration time.
-        let builds = builds
-            .iter()
-            .map(|b| CachedBuildInfo { build_id: b.to_string(), expiration_time: None })
-            .collect();
+        let builds = self.0.factory.cached().into_iter().map(|(build, until)| CachedBuildInfo {
+            build_id: build.to_string(),
+            expiration_time: Some(from_time(until)),
+        });
+        let builds = builds.collect();
         Ok(Response::new(SandboxListCachedBuildsResponse { builds }))
     }
 }

@@ -21,7 +21,7 @@ const MAX_LINES: usize = 1000;
 /// The service over a node.
 pub(crate) struct Templates(pub Arc<Node>);
 
-fn build_id(text: &str) -> Result<BuildId, Status> {
+pub(crate) fn build_id(text: &str) -> Result<BuildId, Status> {
     text.parse().map_err(|_| Status::invalid_argument(format!("build id '{text}' is not a UUID")))
 }
 

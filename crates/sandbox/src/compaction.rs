@@ -11,10 +11,11 @@ use std::sync::Arc;
 use nidus_block::{Diff, MappedDevice, compact, wants_compaction};
 use nidus_storage::{Artifact, BuildId, Builds, StagedBuild, StorageError};
 use nidus_template::TemplateMetadata;
-use tokio::sync::{RwLock, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::CreateError;
+use crate::lineage::Lineages;
 use crate::opened::Opened;
 use crate::template::mapped;
 
@@ -24,8 +25,8 @@ pub struct Compactor {
     pub store: Arc<Builds>,
     /// Those that are in use.
     pub opened: Arc<Opened>,
-    /// Held exclusively while a build takes its own place.
-    pub removals: Arc<RwLock<()>>,
+    /// What reads them.
+    pub lineages: Arc<Lineages>,
     /// Ends it; what is half done is dropped.
     pub stop: CancellationToken,
 }
@@ -70,13 +71,14 @@ impl Compactor {
         let before = devices.iter().map(|(device, ..)| pieces(device)).sum();
         let work = Work { store: self.store.clone(), build, devices, whole, stop: self.stop.clone() };
         let Some((staged, after)) = in_background(move || work.run()).await? else { return Ok(None) };
-        let _alone = self.removals.write().await;
+        let _alone = self.lineages.removals.write().await;
         if self.opened.has(build) {
             tracing::debug!(%build, "in use again: not compacted");
             return Ok(None);
         }
         let store = self.store.clone();
         in_background(move || Ok(store.replace(staged)?)).await?;
+        self.lineages.changed(build);
         Ok(Some((before, after)))
     }
 }
@@ -188,8 +190,8 @@ mod tests {
     }
 
     fn compactor(store: &Arc<Builds>) -> Compactor {
-        let (opened, removals, stop) = Default::default();
-        Compactor { store: store.clone(), opened, removals, stop }
+        let lineages = Arc::new(Lineages::new(store.clone()));
+        Compactor { store: store.clone(), lineages, opened: Arc::default(), stop: Default::default() }
     }
 
     async fn blocks(store: &Builds, build: BuildId) -> (Vec<u8>, Vec<BuildId>) {

@@ -1,13 +1,13 @@
 //! The factory: opens templates, keeps warm machines, creates sandboxes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
-use chrono::Utc;
+use chrono::{DateTime, TimeDelta, Utc};
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
 use nidus_memfs::MemFs;
 use nidus_storage::{BuildId, Builds};
@@ -18,8 +18,9 @@ use tokio::sync::{Notify, RwLock, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::cached::Cached;
 use crate::compaction::Compactor;
-use crate::lineage::{Use, Uses};
+use crate::lineage::{Lineages, Use};
 use crate::machine::{Machine, Parts};
 use crate::opened::Opened;
 use crate::saving::COPY_LIMIT_MB;
@@ -40,6 +41,8 @@ pub struct FactoryConfig {
     pub warm: usize,
     /// Longest time from letting a guest run to envd's answer.
     pub envd_limit: Duration,
+    /// How long a template stays open after its last use; not 0.
+    pub template_ttl: Duration,
 }
 
 /// What a sandbox is to be.
@@ -78,15 +81,13 @@ struct Inner {
     builder: Arc<Builder>,
     /// Where VMMs that map their memory find it.
     memfs: Option<Arc<MemFs>>,
-    templates: tokio::sync::Mutex<HashMap<BuildId, Arc<OpenTemplate>>>,
+    templates: Cached,
     opened: Arc<Opened>,
     /// Builds that were just published, for compaction.
     paused: mpsc::UnboundedSender<BuildId>,
     warm: WarmSet,
-    /// Held shared while a build is published that reads others, and while one begins to be used;
-    /// exclusively while one is removed or compacted.
-    removals: Arc<RwLock<()>>,
-    uses: Arc<Uses>,
+    /// Which builds are in use and which read which.
+    lineages: Arc<Lineages>,
     /// What may still be copied of memories, in MiB.
     copies: Arc<Semaphore>,
     wake: Notify,
@@ -117,17 +118,16 @@ impl Factory {
         };
         let (paused, to_compact) = mpsc::unbounded_channel();
         let inner = Arc::new(Inner {
+            templates: Cached::new(config.template_ttl),
+            lineages: Arc::new(Lineages::new(store.clone())),
             config,
             store,
             host,
             builder,
             memfs,
-            templates: Default::default(),
             opened: Arc::default(),
             paused,
             warm: WarmSet::default(),
-            removals: Arc::default(),
-            uses: Arc::default(),
             copies: Arc::new(Semaphore::new(COPY_LIMIT_MB)),
             wake: Notify::new(),
             stop: CancellationToken::new(),
@@ -135,10 +135,14 @@ impl Factory {
         let compactor = Compactor {
             store: inner.store.clone(),
             opened: inner.opened.clone(),
-            removals: inner.removals.clone(),
+            lineages: inner.lineages.clone(),
             stop: inner.stop.clone(),
         };
-        let tasks = vec![tokio::spawn(refill(inner.clone())), tokio::spawn(compactor.run(to_compact))];
+        let tasks = vec![
+            tokio::spawn(refill(inner.clone())),
+            tokio::spawn(compactor.run(to_compact)),
+            tokio::spawn(close_unused(inner.clone())),
+        ];
         Ok(Self { inner, tasks: Mutex::new(tasks) })
     }
 
@@ -163,16 +167,31 @@ impl Factory {
 
     /// Forgets a build that was deleted.
     pub async fn forget(&self, build: BuildId) {
-        self.inner.templates.lock().await.remove(&build);
+        self.inner.templates.forget(build);
         self.inner.destroy_all(self.inner.warm.forget(build)).await;
     }
 
-    pub(crate) fn removals(&self) -> &RwLock<()> {
-        &self.inner.removals
+    /// Which builds are in use and which read which.
+    pub fn lineages(&self) -> &Lineages {
+        &self.inner.lineages
     }
 
-    pub(crate) fn uses(&self) -> &Uses {
-        &self.inner.uses
+    /// Keeps these templates open for good, and no other ones any more. Opens those that are not: what
+    /// the disk cache has of them is kept from then on.
+    pub async fn pin(&self, builds: HashSet<BuildId>) {
+        self.inner.templates.pin(builds.clone());
+        for build in builds {
+            if let Err(e) = self.inner.template(build).await {
+                tracing::warn!(%build, "a pinned template cannot be opened: {e}");
+            }
+        }
+    }
+
+    /// The templates that are open, each with the time until which it is at least.
+    pub fn cached(&self) -> Vec<(BuildId, DateTime<Utc>)> {
+        let list = self.inner.templates.list(|b| self.inner.is_used(b));
+        let until = |left| Utc::now() + TimeDelta::from_std(left).unwrap_or(TimeDelta::zero());
+        list.into_iter().map(|(b, left)| (b, until(left))).collect()
     }
 
     /// Counters of the warm set.
@@ -207,8 +226,8 @@ impl Inner {
             return Err(CreateError::ShuttingDown);
         }
         let in_use = {
-            let _no_removal = self.removals.read().await;
-            self.uses.begin(spec.build_id)
+            let _no_removal = self.lineages.removals.read().await;
+            self.lineages.uses.begin(spec.build_id)
         };
         let (machine, booted_with) = self.machine(&spec, &cancel).await?;
         let mut sandbox = Sandbox { spec, machine, booted_with, inner: self.clone(), in_use };
@@ -263,13 +282,22 @@ impl Inner {
     }
 
     async fn template(&self, build: BuildId) -> Result<Arc<OpenTemplate>, CreateError> {
-        let mut templates = self.templates.lock().await;
-        if let Some(t) = templates.get(&build) {
-            return Ok(t.clone());
+        let _one = self.templates.opening.lock().await;
+        if let Some(t) = self.templates.get(build) {
+            return Ok(t);
         }
         let t = self.open(build, Start::Restore).await?;
-        templates.insert(build, t.clone());
+        let _no_removal = self.lineages.removals.read().await;
+        // One that was removed since has been forgotten already.
+        if !self.store.exists(build).await? {
+            return Err(CreateError::TemplateNotFound(build));
+        }
+        self.templates.keep(build, t.clone());
         Ok(t)
+    }
+
+    fn is_used(&self, build: BuildId) -> bool {
+        self.lineages.uses.count(build) > 0
     }
 
     async fn prepare(&self, build: BuildId) -> Result<Machine, CreateError> {
@@ -286,7 +314,7 @@ impl Inner {
         if let Some(t) = self.opened.get(build, start) {
             return Ok(t);
         }
-        let _no_removal = self.removals.read().await;
+        let _no_removal = self.lineages.removals.read().await;
         let (here, memfs) = (self.host.vmm.id(), self.memfs.clone());
         let opened = OpenTemplate::open(&self.store, build, start, &here, memfs).await?;
         Ok(self.opened.keep(build, Arc::new(opened)))
@@ -365,6 +393,22 @@ async fn refill(inner: Arc<Inner>) {
     }
 }
 
+/// Closes templates that were not used for their time, with their warm machines.
+async fn close_unused(inner: Arc<Inner>) {
+    loop {
+        let (closed, wait) = inner.templates.expired(|b| inner.is_used(b));
+        for (build, template) in closed {
+            inner.destroy_all(inner.warm.forget(build)).await;
+            drop(template);
+            tracing::info!(%build, "closed a template that was not used");
+        }
+        tokio::select! {
+            () = inner.stop.cancelled() => return,
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
 /// A running sandbox. Its owner ends it with [`Sandbox::kill`].
 pub struct Sandbox {
     spec: SandboxSpec,
@@ -421,7 +465,7 @@ impl Sandbox {
     }
 
     pub(crate) fn removals(&self) -> &RwLock<()> {
-        &self.inner.removals
+        &self.inner.lineages.removals
     }
 
     pub(crate) fn copies(&self) -> Arc<Semaphore> {
@@ -498,6 +542,8 @@ impl Sandbox {
             // For those to come, of which a paused sandbox has none.
             let template = (!spec.snapshot).then(|| machine.template().clone());
             let destroyed = machine.destroy(&inner.host.network).await;
+            // Its time begins now.
+            inner.templates.get(spec.build_id);
             drop(in_use);
             if let Some(template) = template {
                 // Nobody waits for the object store.

@@ -13,10 +13,12 @@
 //! every path; what the daemon leaves behind when it is killed is found by `reclaim` at its next
 //! start (cgroups, namespaces) or goes with the process (VMs, overlays without a name).
 
+mod cached;
 mod checkpoint;
 mod compaction;
 mod error;
 mod factory;
+mod garbage;
 mod lineage;
 mod machine;
 mod opened;
@@ -29,7 +31,8 @@ mod warm;
 
 pub use error::{CreateError, KillError, SaveError};
 pub use factory::{Factory, FactoryConfig, Sandbox, SandboxSpec};
-pub use lineage::RemoveError;
+pub use garbage::{Garbage, GarbageError};
+pub use lineage::{Lineages, RemoveError};
 pub use pages::BuildPages;
 pub use saving::{Lineage, SaveSpec, Saved};
 pub use served::MemoryError;

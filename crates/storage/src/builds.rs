@@ -109,6 +109,11 @@ impl Builds {
         self.remote.as_ref().map(|r| &r.reader)
     }
 
+    /// What reads and what writes the object store, if there is one.
+    pub(crate) fn remote_side(&self) -> Option<(&RemoteReader, &Uploader)> {
+        self.remote.as_ref().map(|r| (&r.reader, &r.uploader))
+    }
+
     /// Whether there is such a build.
     pub async fn exists(&self, build: BuildId) -> Result<bool, StorageError> {
         match &self.remote {

@@ -39,7 +39,7 @@ impl ArtifactFile {
     ) -> Result<Self, StorageError> {
         let build = sums.build;
         let Some(index) = sums.artifacts.iter().position(|(a, _)| *a == artifact) else {
-            return Err(Damaged::missing(build, artifact).into());
+            return Err(StorageError::NoArtifact { build, artifact });
         };
         let file = match File::open(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {

@@ -53,6 +53,14 @@ pub enum StorageError {
         /// The name in question.
         name: std::ffi::OsString,
     },
+    /// The build was published without this artifact.
+    #[error("build {build} has no {artifact}")]
+    NoArtifact {
+        /// The build.
+        build: BuildId,
+        /// What it lacks.
+        artifact: Artifact,
+    },
     /// An artifact's bytes are not those that were published.
     #[error(transparent)]
     Damaged(#[from] Damaged),
@@ -85,10 +93,15 @@ impl StorageError {
     /// Whether the build cannot be used as it is, now or later.
     pub fn is_damage(&self) -> bool {
         match self {
-            Self::Damaged(_) | Self::Unchecked(_) => true,
+            Self::Damaged(_) | Self::Unchecked(_) | Self::NoArtifact { .. } => true,
             Self::Remote(e) => e.is_damage(),
             _ => false,
         }
+    }
+
+    /// Whether the build was made without this artifact.
+    pub fn lacks_artifact(&self) -> bool {
+        matches!(self, Self::NoArtifact { .. } | Self::Remote(RemoteError::NoArtifact { .. }))
     }
 
     /// Whether the cause is a full disk.

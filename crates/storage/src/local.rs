@@ -4,9 +4,10 @@ use std::{
     collections::HashMap,
     fs::{self, DirBuilder},
     io,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Weak},
+    time::SystemTime,
 };
 
 use parking_lot::{Mutex, RwLock};
@@ -107,6 +108,24 @@ impl LocalStore {
             Ok(builds.into_iter().map(|(_, b)| b).collect())
         })
         .await
+    }
+
+    /// What a published build takes on the disk, in bytes, and when it was published; `None` if there is
+    /// no such build. Blocks.
+    pub(crate) fn usage(&self, build: BuildId) -> Result<Option<(u64, SystemTime)>, StorageError> {
+        let dir = self.dir(build);
+        let usage = || {
+            let published = fs::metadata(self.path(build, Artifact::Metadata))?.modified()?;
+            let mut bytes = 0;
+            for entry in fs::read_dir(&dir)? {
+                bytes += entry?.metadata()?.blocks() * 512;
+            }
+            Ok((bytes, published))
+        };
+        match usage() {
+            Err(e) if io::Error::kind(&e) == io::ErrorKind::NotFound => Ok(None),
+            result => result.map(Some).map_err(|e| StorageError::io("inspect", &dir, e)),
+        }
     }
 
     /// Opens an artifact of a published build for reading. Blocks.

@@ -33,8 +33,9 @@ impl Node {
         let local = LocalStore::open(dir.join("storage")).unwrap();
         let cache = FrameCache::open(dir.join("cache"), 1 << 30).unwrap();
         let queue = RemoteQueue::open(dir.join("uploads")).unwrap();
-        let reader = RemoteReader::new(store.remote(), cache, ReaderOptions::default(), Handle::current());
-        let uploader = Uploader::open(local.clone(), store.remote(), queue, SMALL).unwrap();
+        let remote = store.remote().owned_by(uuid::Uuid::new_v4());
+        let reader = RemoteReader::new(remote.clone(), cache, ReaderOptions::default(), Handle::current());
+        let uploader = Uploader::open(local.clone(), remote, queue, SMALL).unwrap();
         let builds = Builds::with_remote(local, reader, uploader.clone());
         let stop = CancellationToken::new();
         let task = tokio::spawn({
@@ -91,6 +92,33 @@ impl Node {
 
 fn not_found<T: std::fmt::Debug>(result: Result<T, StorageError>, build: BuildId) {
     assert!(matches!(result, Err(StorageError::NotFound(b)) if b == build), "{result:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inventory_says_where_builds_are_and_whose_they_are() {
+    let (store, [one, two]) = (Faulty::new(Duration::ZERO), [(); 2].map(|()| TempDir::new().unwrap()));
+    let (first, mut second) = (Node::start(one.path(), &store), Node::start(two.path(), &store));
+    let build = first.publish(1).await;
+    first.settle().await;
+    let all = first.builds.inventory().await.unwrap();
+    let [mine] = &all[..] else { panic!("one build: {all:?}") };
+    assert!(mine.ours && !mine.uploading && mine.disk > Some(100_000) && mine.remote > Some(1000));
+    // With nobody who uploads.
+    second.stop.cancel();
+    (&mut second.task).await.unwrap();
+    let own = second.publish(2).await;
+    let seen = second.builds.inventory().await.unwrap();
+    let of = |build| seen.iter().find(|s| s.build == build).unwrap();
+    assert_eq!(seen.len(), 2);
+    assert!(of(own).ours && of(own).uploading && of(own).remote.is_none());
+    assert!(!of(build).ours && of(build).disk.is_none() && of(build).remote == mine.remote);
+    assert!(of(own).newest >= of(build).newest);
+    second.builds.remove(build).await.unwrap();
+    assert_eq!(second.builds.inventory().await.unwrap().len(), 1, "what is to be removed is gone");
+    second.builds.remove_queued().await.unwrap();
+    assert_eq!(store.remote().list().await.unwrap(), []);
+    assert_eq!(second.builds.inventory().await.unwrap().len(), 1, "the upload is still to be done");
+    first.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -138,6 +138,36 @@ async fn a_sweep_leaves_builds_whole_and_takes_what_they_do_not_name() {
 }
 
 #[tokio::test]
+async fn what_is_uploaded_is_marked_as_its_owners() {
+    let (local, store) = (local().await, Faulty::new(Duration::ZERO));
+    let [a, b] = [(); 2].map(|()| uuid::Uuid::new_v4());
+    let mine = store.remote().owned_by(a);
+    mine.upload(&local.store, local.build, SMALL).await.unwrap();
+    assert_eq!(mine.sweep(&everything()).await.unwrap(), [], "a mark is not left over");
+    let held = mine.inventory().await.unwrap().remove(&local.build).unwrap();
+    assert_eq!(held.owners, [a]);
+    let mut bytes = 0;
+    for path in objects(&store).await {
+        bytes += store.head(&path).await.unwrap().size;
+    }
+    assert_eq!(held.bytes, bytes);
+    // What is there is not another's by its uploading it too, unless it really does.
+    let other = store.remote().owned_by(b);
+    other.upload(&local.store, local.build, SMALL).await.unwrap();
+    assert_eq!(other.inventory().await.unwrap()[&local.build], held);
+    other.upload_again(&local.store, local.build, SMALL).await.unwrap();
+    let owners = &other.inventory().await.unwrap()[&local.build].owners;
+    assert!(owners.len() == 2 && owners.contains(&a) && owners.contains(&b), "{owners:?}");
+    mine.remove(local.build).await.unwrap();
+    assert_eq!(objects(&store).await, []);
+    // Objects without a manifest are no build.
+    store.fail_after(8, false);
+    mine.upload(&local.store, local.build, SMALL).await.unwrap_err();
+    store.fail_after(u64::MAX, false);
+    assert!(!objects(&store).await.is_empty() && mine.inventory().await.unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn a_build_that_is_damaged_here_is_not_uploaded() {
     let (local, store) = (local().await, Faulty::new(Duration::ZERO));
     let path = local.store.path(local.build, Artifact::Rootfs);

@@ -14,6 +14,8 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 
+use uuid::Uuid;
+
 pub use checkpoints::SnapshotFilter;
 pub use keys::{ApiKey, NewKey};
 pub use snapshots::SnapshotRow;
@@ -150,6 +152,13 @@ impl Store {
             .fetch_one(&self.pool)
             .await
             .map_err(sql("read the default team"))
+    }
+
+    /// Whose database this is: an id that it was made with. It knows all that refers to what is marked
+    /// as this one's.
+    pub async fn installation(&self) -> Result<Uuid, StoreError> {
+        let id = self.default_team().await?;
+        id.parse().map_err(|e: uuid::Error| sql("read whose it is")(sqlx::Error::Decode(Box::new(e))))
     }
 
     /// Closes it, with what is not yet in the file.

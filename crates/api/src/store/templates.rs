@@ -273,6 +273,19 @@ impl Store {
         rows.iter().map(build).collect::<Result<_, _>>().map_err(wrap)
     }
 
+    /// All builds that something here refers to: templates (unless the build failed), paused sandboxes,
+    /// and what is being made of sandboxes or is deleted once nobody needs it.
+    pub(crate) async fn kept_builds(&self) -> Result<Vec<String>, StoreError> {
+        // In one statement, since a build may go from one table to another.
+        sqlx::query_scalar(
+            "SELECT id FROM builds WHERE status != 'error' \
+             UNION SELECT build_id FROM snapshots UNION SELECT build_id FROM checkpoints",
+        )
+        .fetch_all(&self.pool)
+        .await
+        .map_err(sql("list the builds that are kept"))
+    }
+
     /// Builds that were at work when a daemon ended; they are not any more.
     pub(crate) async fn fail_interrupted_builds(&self) -> Result<(), StoreError> {
         sqlx::query(
@@ -335,6 +348,28 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn builds_are_kept_unless_they_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("db")).await.unwrap();
+        let team = store.default_team().await.unwrap();
+        let t = store.put_template(&team, "base", true).await.unwrap();
+        for build in ["waiting", "building", "ready", "failed"] {
+            store.add_build(build, &t.id, 1, 512).await.unwrap();
+        }
+        store.set_build("building", BuildStatus::Building, None).await.unwrap();
+        store.finish_build("ready", 2048, "0.6", "6.1", "qemu").await.unwrap();
+        store.set_build("failed", BuildStatus::Error, Some("why")).await.unwrap();
+        let config = nidus_proto::node::SandboxConfig { build_id: "paused".into(), ..Default::default() };
+        let config = nidus_proto::node::SandboxConfig { team_id: team, ..config };
+        store.begin_pause(&config, Utc::now(), false).await.unwrap();
+        store.note_checkpoint("checkpoint", &t.id).await.unwrap();
+        let kept = store.kept_builds().await.unwrap();
+        assert_eq!(kept, ["building", "checkpoint", "paused", "ready", "waiting"]);
+        store.delete_template(&t.id).await.unwrap();
+        assert_eq!(store.kept_builds().await.unwrap(), ["checkpoint", "paused"]);
+    }
 
     #[tokio::test]
     async fn a_templates_life() {

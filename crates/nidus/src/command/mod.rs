@@ -2,6 +2,7 @@
 
 pub mod env;
 pub mod fetch;
+pub mod gc;
 pub mod key;
 pub mod sandbox;
 pub mod template;

@@ -5,6 +5,7 @@
 //! data/{build id}/{artifact}.{checksum}      frames, one after another
 //! data/{build id}/{artifact}.order           the recorded order of their first use, if there is one
 //! data/{build id}/upload                     an upload is under way, or died
+//! data/{build id}/owner.{uuid}               who uploaded it
 //! ```
 //!
 //! A build exists when its manifest does. Objects are named by their checksum and never changed, so
@@ -15,6 +16,7 @@ mod artifact;
 mod connect;
 mod error;
 mod frame;
+mod inventory;
 mod manifest;
 mod order;
 mod pack;
@@ -30,11 +32,13 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, path::Path};
 use tokio::task::JoinError;
+use uuid::Uuid;
 
 pub use artifact::{ReadAhead, RemoteArtifact};
 pub use connect::RemoteOptions;
 pub use error::RemoteError;
 pub use frame::{Checksum, FrameError, is_zero};
+pub use inventory::Held;
 pub use manifest::{Frame, FrameMap, Manifest, ManifestError, Object};
 pub use order::{AccessOrder, OrderError};
 pub use queue::{RemoteQueue, RemoteTask};
@@ -55,6 +59,8 @@ pub struct RemoteStore {
     name: Arc<str>,
     /// Where the objects are files, for what only a file system has.
     directory: Option<Arc<PathBuf>>,
+    /// As whose uploads are marked.
+    owner: Option<Uuid>,
 }
 
 impl fmt::Debug for RemoteStore {
@@ -73,12 +79,13 @@ impl RemoteStore {
             store: connected.store,
             name: connected.name.into(),
             directory: connected.directory.map(Arc::new),
+            owner: None,
         })
     }
 
     /// The store over any client; `name` is for messages.
     pub fn over(store: Arc<dyn ObjectStore>, name: &str) -> Self {
-        Self { store, name: name.into(), directory: None }
+        Self { store, name: name.into(), directory: None, owner: None }
     }
 
     /// Its URL, without anything secret.

@@ -11,7 +11,8 @@ use object_store::{ObjectMeta, ObjectStoreExt, path::Path};
 use tracing::{info, warn};
 
 use super::{
-    RemoteError, RemoteStore, data_path, manifest_path, named, object_path, off_runtime, order_path,
+    RemoteError, RemoteStore, data_path, inventory::owner_of, manifest_path, named, object_path, off_runtime,
+    order_path,
 };
 use crate::{Artifact, BuildId, StorageError};
 
@@ -90,7 +91,7 @@ impl RemoteStore {
                     }
                     Err(e) => return Err(e),
                 };
-                objects.retain(|o| !named.contains(&o.location));
+                objects.retain(|o| !named.contains(&o.location) && owner_of(&o.location).is_none());
             }
             if objects.is_empty() {
                 continue;

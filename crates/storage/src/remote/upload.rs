@@ -92,6 +92,7 @@ impl RemoteStore {
         // First of all, so that a sweep sees that someone is at work here.
         let marker = marker_path(build);
         self.put(&marker, Bytes::new()).await?;
+        self.put_owner(build).await?;
         let mut upload = Upload {
             store: self,
             build,

@@ -146,6 +146,15 @@ impl Uploader {
         failed
     }
 
+    /// Does the removals that are queued, for a process that does not [`Uploader::run`] it.
+    pub async fn remove_queued(&self) -> Result<(), StorageError> {
+        for (build, task) in self.pending().await?.into_iter().filter(|(_, t)| *t == RemoteTask::Remove) {
+            self.perform(build, task).await?;
+            self.done(build, task).await?;
+        }
+        Ok(())
+    }
+
     async fn perform(&self, build: BuildId, task: RemoteTask) -> Result<(), RemoteError> {
         let uploaded = match task {
             RemoteTask::Upload => self.remote.upload(&self.local, build, self.options).await,
