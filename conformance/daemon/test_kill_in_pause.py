@@ -16,7 +16,7 @@ import pytest
 from e2b import Sandbox
 from support import sandboxes
 from support.counting import builds_of, count_beyond, counting, state
-from support.daemon import DEFAULT_DATA_DIR, wait_for
+from support.daemon import DEFAULT_DATA_DIR, TIME_FACTOR, wait_for
 
 ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "4"))
 SEED = int(os.environ.get("NIDUS_TEST_SEED") or random.randrange(1 << 32))
@@ -157,7 +157,7 @@ def phase(request, stored):
     return "stored" if stored else "being written" if any((STORAGE / ".staging").iterdir()) else "not begun"
 
 
-@pytest.mark.timeout(180 + 20 * ROUNDS)
+@pytest.mark.timeout((180 + 20 * ROUNDS) * TIME_FACTOR)
 def test_kill_9_in_a_pause(make_daemon, host, capsys):
     def start(key=None):
         # Without machines in reserve it starts faster.

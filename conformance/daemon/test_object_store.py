@@ -10,7 +10,7 @@ import pytest
 from e2b import Sandbox, SandboxException
 from support import sandboxes
 from support.counting import builds_of, count, count_beyond, counting, state
-from support.daemon import DEFAULT_DATA_DIR, wait_for
+from support.daemon import DEFAULT_DATA_DIR, TIME_FACTOR, wait_for
 from support.s3 import BUCKET, S3Server
 
 ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "3"))
@@ -173,7 +173,7 @@ def test_a_killed_sandbox_is_removed_from_the_bucket(make_daemon, host, tmp_path
     host.assert_clean()
 
 
-@pytest.mark.timeout(240 + 20 * ROUNDS)
+@pytest.mark.timeout((240 + 20 * ROUNDS) * TIME_FACTOR)
 def test_kill_9_in_uploads(make_daemon, host, tmp_path, capsys):
     """Killed at random moments of an upload, a daemon uploads the rest when it is back. What a node without the build
     finds in the bucket meanwhile is all of it or nothing."""

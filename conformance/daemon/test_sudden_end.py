@@ -43,7 +43,11 @@ def reported_dead(daemon, sandbox, cause):
     line = wait_for("the report of the sandbox's death", lambda: report(daemon, sandbox), REPORTED_WITHIN, every=0.01)
     print(f"reported after {1000 * (time.monotonic() - began):.0f} ms: {line}")
     assert re.search(cause, line), line
-    wait_for("it to be listed no more", lambda: daemon.rest("GET", "/v2/sandboxes")[1] == [], 10)
+
+    def listed():
+        return [s["sandboxID"] for s in daemon.rest("GET", "/v2/sandboxes")[1]]
+
+    wait_for("it to be listed no more", lambda: sandbox.sandbox_id not in listed(), 10)
     with pytest.raises(SandboxNotFoundException):
         sandbox.get_info(**sandboxes.options(daemon))
 

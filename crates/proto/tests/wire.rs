@@ -20,7 +20,9 @@ fn tables() -> (BTreeMap<String, Vec<String>>, Vec<String>) {
         }
         let prefix = if file.package().is_empty() { String::new() } else { format!("{}.", file.package()) };
         for message in &file.message_type {
-            let mut fields: Vec<_> = message.field.iter().map(|f| (f.number(), f.name())).collect();
+            // From 1000 on they are ours.
+            let theirs = message.field.iter().filter(|f| f.number() < 1000);
+            let mut fields: Vec<_> = theirs.map(|f| (f.number(), f.name())).collect();
             fields.sort_unstable();
             let fields = fields.into_iter().map(|(number, name)| format!("{number} {name}")).collect();
             let clash = messages.insert(format!("{prefix}{}", message.name()), fields);

@@ -229,7 +229,7 @@ mod tests {
         let stopped = compactor(&store);
         stopped.stop.cancel();
         assert_eq!(stopped.compact(build).await.unwrap(), None);
-        let path = store.local().path(build, Artifact::Rootfs);
+        let path = store.local().path(build, Artifact::Memfile);
         std::fs::File::options().write(true).open(path).unwrap().write_at(&[77], 9).unwrap();
         let error = compactor(&store).compact(build).await.unwrap_err();
         assert!(error.is_damage(), "{error}");

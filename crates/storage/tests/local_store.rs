@@ -139,8 +139,8 @@ async fn a_small_artifact_is_read_whole_or_not_at_all() {
     stage(&store, build, "contents").await.commit().await.unwrap();
     assert_eq!(store.read(build, Artifact::Metadata).await.unwrap(), b"contents");
     let missing = store.read(build, Artifact::Snapfile).await.unwrap_err();
-    assert!(matches!(missing, StorageError::Damaged(_)), "{missing}");
-    assert_eq!(missing.to_string(), format!("snapfile of build {build} is damaged: it is missing"));
+    assert!(missing.is_damage() && matches!(missing, StorageError::NoArtifact { .. }), "{missing}");
+    assert_eq!(missing.to_string(), format!("build {build} has no snapfile"));
     let other = BuildId::random();
     assert!(
         matches!(store.read(other, Artifact::Metadata).await, Err(StorageError::NotFound(b)) if b == other)
