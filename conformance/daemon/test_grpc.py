@@ -19,7 +19,7 @@ def generated(tmp_path_factory):
     """Python modules made from the .proto files that the daemon is built from."""
     out = tmp_path_factory.mktemp("proto")
     include = importlib.resources.files("grpc_tools") / "_proto"
-    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto"])
+    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto", "chunks.proto"])
     assert code == 0
     sys.path.insert(0, str(out))
     try:
@@ -181,6 +181,69 @@ def test_checkpoint(node, delete_build, template_config):
         stub.Delete(messages.SandboxDeleteRequest(sandbox_id=sandbox))
     delete_build(build_id)
     assert status_of(lambda: delete_build(build_id))[0] == grpc.StatusCode.NOT_FOUND
+
+
+def test_artifacts_for_other_nodes(shared_daemon, generated, template_config):
+    """What E2B's nodes ask of the one that made a build, on the same port as everything else."""
+    messages = importlib.import_module("chunks_pb2")
+    services = importlib.import_module("chunks_pb2_grpc")
+    build = template_config.build_id
+    files = shared_daemon.data_dir / "storage" / build
+    with grpc.insecure_channel(shared_daemon.node_addr) as channel:
+        stub = services.ChunkServiceStub(channel)
+
+        def read(name, offset, length, build_id=build):
+            request = messages.ReadAtBuildSeekableRequest(build_id=build_id, name=name, offset=offset, length=length)
+            return list(stub.ReadAtBuildSeekable(request))
+
+        for name in ("memfile", "rootfs.ext4"):
+            size = stub.GetBuildFileSize(messages.GetBuildFileSizeRequest(build_id=build, name=name))
+            assert size.total_size == (files / name).stat().st_size and not size.HasField("availability")
+            offset, length = size.total_size // 2 - 3, 5_000_001
+            parts = read(name, offset, length)
+            with (files / name).open("rb") as file:
+                file.seek(offset)
+                assert b"".join(part.data for part in parts) == file.read(length)
+            assert len(parts) > 1 and max(len(part.data) for part in parts) <= 1 << 20
+            assert status_of(lambda: read(name, size.total_size - 1, 2))[0] == grpc.StatusCode.OUT_OF_RANGE
+        for name in ("snapfile", "metadata.json", "memfile.header", "rootfs.ext4.header"):
+            exists = stub.GetBuildFileExists(messages.GetBuildFileExistsRequest(build_id=build, name=name))
+            assert not exists.HasField("availability")
+            blob = stub.GetBuildBlob(messages.GetBuildBlobRequest(build_id=build, name=name))
+            assert b"".join(part.data for part in blob) == (files / name).read_bytes()
+
+        (answer,) = read("memfile", 0, 4096, build_id=str(uuid.uuid4()))
+        assert answer.availability.not_available and not answer.data
+        for name in ("../../key", "/etc/passwd", "checksums", "snapfile", ""):
+            assert status_of(lambda: read(name, 0, 1))[0] == grpc.StatusCode.INVALID_ARGUMENT
+        assert status_of(lambda: read("memfile", 0, 1, build_id="../x"))[0] == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_an_uploaded_artifact_is_to_be_read_from_the_store(make_daemon, generated, tmp_path, host):
+    messages = importlib.import_module("chunks_pb2")
+    services = importlib.import_module("chunks_pb2_grpc")
+    daemon = make_daemon(extra_env={"NIDUS_STORAGE": f"file://{tmp_path}/store"}).start()
+    (build, *_) = (path.name for path in (daemon.data_dir / "storage").glob("*-*"))
+    with grpc.insecure_channel(daemon.node_addr) as channel:
+        stub = services.ChunkServiceStub(channel)
+
+        def size():
+            return stub.GetBuildFileSize(messages.GetBuildFileSizeRequest(build_id=build, name="memfile"))
+
+        def uploaded():
+            answer = size()
+            # Whichever it is, there is a place to read it from at any time.
+            assert not answer.availability.not_available
+            assert answer.availability.use_storage == (answer.total_size == 0)
+            return answer.availability.use_storage
+
+        wait_for("the build to be uploaded", uploaded, 300)
+        assert (tmp_path / "store/builds" / build).exists()
+        request = messages.ReadAtBuildSeekableRequest(build_id=build, name="memfile", length=4096)
+        (answer,) = stub.ReadAtBuildSeekable(request)
+        assert answer.availability.use_storage and not answer.data
+    assert daemon.terminate() == 0
+    host.assert_clean()
 
 
 def test_health_over_http_on_the_same_port(shared_daemon):
