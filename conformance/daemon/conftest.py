@@ -4,13 +4,17 @@ One data directory (NIDUS_TEST_DATA_DIR, default /var/lib/nidus-test) holds the 
 is built once; one daemon at a time runs on it.
 """
 
+import importlib
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from grpc_tools import protoc
 from support.daemon import DEFAULT_DATA_DIR, REPO, Daemon
 
 LEAKCHECK = REPO / "scripts/leakcheck.sh"
+PROTO = REPO / "crates/proto/proto"
 
 
 class Host:
@@ -88,3 +92,17 @@ def shared_daemon(tmp_path_factory):
         yield daemon
     finally:
         daemon.end()
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory):
+    """Python modules made from the .proto files that the daemon is built from."""
+    out = tmp_path_factory.mktemp("proto")
+    include = importlib.resources.files("grpc_tools") / "_proto"
+    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto", "chunks.proto"])
+    assert code == 0
+    sys.path.insert(0, str(out))
+    try:
+        yield importlib.import_module("orchestrator_pb2"), importlib.import_module("orchestrator_pb2_grpc")
+    finally:
+        sys.path.remove(str(out))

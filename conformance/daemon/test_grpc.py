@@ -1,31 +1,13 @@
 """The node's SandboxService, called as E2B's own API server calls it: gRPC, no API in between."""
 
 import importlib
-import sys
 import time
 import uuid
 
 import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
-from grpc_tools import protoc
-from support.daemon import REPO, wait_for
-
-PROTO = REPO / "crates/proto/proto"
-
-
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory):
-    """Python modules made from the .proto files that the daemon is built from."""
-    out = tmp_path_factory.mktemp("proto")
-    include = importlib.resources.files("grpc_tools") / "_proto"
-    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto", "chunks.proto"])
-    assert code == 0
-    sys.path.insert(0, str(out))
-    try:
-        yield importlib.import_module("orchestrator_pb2"), importlib.import_module("orchestrator_pb2_grpc")
-    finally:
-        sys.path.remove(str(out))
+from support.daemon import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -217,33 +199,6 @@ def test_artifacts_for_other_nodes(shared_daemon, generated, template_config):
         for name in ("../../key", "/etc/passwd", "checksums", "snapfile", ""):
             assert status_of(lambda: read(name, 0, 1))[0] == grpc.StatusCode.INVALID_ARGUMENT
         assert status_of(lambda: read("memfile", 0, 1, build_id="../x"))[0] == grpc.StatusCode.INVALID_ARGUMENT
-
-
-def test_an_uploaded_artifact_is_to_be_read_from_the_store(make_daemon, generated, tmp_path, host):
-    messages = importlib.import_module("chunks_pb2")
-    services = importlib.import_module("chunks_pb2_grpc")
-    daemon = make_daemon(extra_env={"NIDUS_STORAGE": f"file://{tmp_path}/store"}).start()
-    (build, *_) = (path.name for path in (daemon.data_dir / "storage").glob("*-*"))
-    with grpc.insecure_channel(daemon.node_addr) as channel:
-        stub = services.ChunkServiceStub(channel)
-
-        def size():
-            return stub.GetBuildFileSize(messages.GetBuildFileSizeRequest(build_id=build, name="memfile"))
-
-        def uploaded():
-            answer = size()
-            # Whichever it is, there is a place to read it from at any time.
-            assert not answer.availability.not_available
-            assert answer.availability.use_storage == (answer.total_size == 0)
-            return answer.availability.use_storage
-
-        wait_for("the build to be uploaded", uploaded, 300)
-        assert (tmp_path / "store/builds" / build).exists()
-        request = messages.ReadAtBuildSeekableRequest(build_id=build, name="memfile", length=4096)
-        (answer,) = stub.ReadAtBuildSeekable(request)
-        assert answer.availability.use_storage and not answer.data
-    assert daemon.terminate() == 0
-    host.assert_clean()
 
 
 def test_health_over_http_on_the_same_port(shared_daemon):

@@ -178,7 +178,7 @@ async fn a_range_is_read_exactly_or_not_at_all() {
         assert!(bytes == content[start as usize..end as usize], "{start}..{end}");
     }
     assert_eq!(memfile.read_range(9_998..20_000).await.unwrap(), content[9_998..]);
-    assert_eq!(memfile.read_range(20_000..30_000).await.unwrap(), []);
+    assert!(memfile.read_range(20_000..30_000).await.unwrap().is_empty());
 
     let path = store.path(build, Artifact::Memfile);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
