@@ -99,7 +99,7 @@ def generated(tmp_path_factory):
     """Python modules made from the .proto files that the daemon is built from."""
     out = tmp_path_factory.mktemp("proto")
     include = importlib.resources.files("grpc_tools") / "_proto"
-    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto"])
+    code = protoc.main(["protoc", f"-I{PROTO}", f"-I{include}", f"--python_out={out}", f"--grpc_python_out={out}", "orchestrator.proto", "info.proto", "template-manager.proto", "chunks.proto"])
     assert code == 0
     sys.path.insert(0, str(out))
     try:

@@ -198,6 +198,42 @@ def test_pause_of_the_disk_alone(node, delete_build, template_config):
     delete_build(build_id)
 
 
+def test_artifacts_for_other_nodes(shared_daemon, generated, template_config):
+    """What E2B's nodes ask of the one that made a build, on the same port as everything else."""
+    messages = importlib.import_module("chunks_pb2")
+    services = importlib.import_module("chunks_pb2_grpc")
+    build = template_config.build_id
+    files = shared_daemon.data_dir / "storage" / build
+    with grpc.insecure_channel(shared_daemon.node_addr) as channel:
+        stub = services.ChunkServiceStub(channel)
+
+        def read(name, offset, length, build_id=build):
+            request = messages.ReadAtBuildSeekableRequest(build_id=build_id, name=name, offset=offset, length=length)
+            return list(stub.ReadAtBuildSeekable(request))
+
+        for name in ("memfile", "rootfs.ext4"):
+            size = stub.GetBuildFileSize(messages.GetBuildFileSizeRequest(build_id=build, name=name))
+            assert size.total_size == (files / name).stat().st_size and not size.HasField("availability")
+            offset, length = size.total_size // 2 - 3, 5_000_001
+            parts = read(name, offset, length)
+            with (files / name).open("rb") as file:
+                file.seek(offset)
+                assert b"".join(part.data for part in parts) == file.read(length)
+            assert len(parts) > 1 and max(len(part.data) for part in parts) <= 1 << 20
+            assert status_of(lambda: read(name, size.total_size - 1, 2))[0] == grpc.StatusCode.OUT_OF_RANGE
+        for name in ("snapfile", "metadata.json", "memfile.header", "rootfs.ext4.header"):
+            exists = stub.GetBuildFileExists(messages.GetBuildFileExistsRequest(build_id=build, name=name))
+            assert not exists.HasField("availability")
+            blob = stub.GetBuildBlob(messages.GetBuildBlobRequest(build_id=build, name=name))
+            assert b"".join(part.data for part in blob) == (files / name).read_bytes()
+
+        (answer,) = read("memfile", 0, 4096, build_id=str(uuid.uuid4()))
+        assert answer.availability.not_available and not answer.data
+        for name in ("../../key", "/etc/passwd", "checksums", "snapfile", ""):
+            assert status_of(lambda: read(name, 0, 1))[0] == grpc.StatusCode.INVALID_ARGUMENT
+        assert status_of(lambda: read("memfile", 0, 1, build_id="../x"))[0] == grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_health_over_http_on_the_same_port(shared_daemon):
     import httpx
 

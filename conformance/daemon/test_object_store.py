@@ -1,11 +1,13 @@
 """Builds in a real S3 server: a node that lost its disk resumes from the bucket, and fetches little."""
 
 import contextlib
+import importlib
 import os
 import random
 import time
 from collections import Counter
 
+import grpc
 import pytest
 from e2b import Sandbox, SandboxException
 from support import sandboxes
@@ -236,6 +238,31 @@ def test_kill_9_in_uploads(make_daemon, host, tmp_path, capsys):
             assert goes_on(daemon, *one).kill(**sandboxes.options(daemon)) is True
         uploaded()
         assert daemon.terminate() == 0
+    host.assert_clean()
+
+
+def test_another_node_is_sent_to_the_store_once_a_build_is_there(make_daemon, generated, host, tmp_path):
+    messages, services = (importlib.import_module(name) for name in ("chunks_pb2", "chunks_pb2_grpc"))
+    build = min(STORAGE.glob("*-*"), key=lambda path: (path / "metadata.json").stat().st_mtime).name
+    daemon = make_daemon(extra_env={"NIDUS_STORAGE": f"file://{tmp_path}/store"}).start()
+    with grpc.insecure_channel(daemon.node_addr) as channel:
+        stub = services.ChunkServiceStub(channel)
+
+        def use_storage():
+            answer = stub.GetBuildFileSize(messages.GetBuildFileSizeRequest(build_id=build, name="memfile"))
+            # At any time there is one place to read it from.
+            assert not answer.availability.not_available
+            assert answer.availability.use_storage == (answer.total_size == 0)
+            return answer.availability.use_storage
+
+        wait_for("the build to be uploaded", use_storage, 300)
+        assert (tmp_path / "store/builds" / build).exists()
+        request = messages.ReadAtBuildSeekableRequest(build_id=build, name="memfile", length=4096)
+        (answer,) = stub.ReadAtBuildSeekable(request)
+        assert answer.availability.use_storage and not answer.data
+        (answer,) = stub.GetBuildBlob(messages.GetBuildBlobRequest(build_id=build, name="snapfile"))
+        assert answer.availability.use_storage and not answer.data
+    assert daemon.terminate() == 0
     host.assert_clean()
 
 

@@ -7,9 +7,9 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use nidus_storage::StorageError;
+use nidus_storage::{BuildId, StorageError};
 
-use crate::header::HeaderError;
+use crate::header::{Compression, HeaderError};
 
 /// A device that can be read at any offset and length within its size.
 #[async_trait]
@@ -112,6 +112,14 @@ pub enum BlockError {
     /// A build's artifact cannot be opened, or its bytes are not those that were published.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A build is stored in a way that is not read here.
+    #[error("build {build} is stored in {compression} frames, as a header says, and cannot be read")]
+    Compressed {
+        /// The build.
+        build: BuildId,
+        /// How it is compressed.
+        compression: Compression,
+    },
     /// A header that no device can have.
     #[error(transparent)]
     Header(#[from] HeaderError),

@@ -12,7 +12,7 @@ use crate::{
     BlockError, ReadDevice,
     device::check_range,
     file::{INLINE_MAX, blocking},
-    header::{Header, Mapping},
+    header::{FrameTable, Header, Mapping},
     source::Source,
 };
 
@@ -27,7 +27,8 @@ impl MappedDevice {
     /// Opens, by `open`, the artifact of every build that the header names, and checks that it is as
     /// long as the header needs. `open` runs on a thread that may block.
     ///
-    /// Fails with [`BlockError::Truncated`] where one is too short.
+    /// Fails with [`BlockError::Truncated`] where one is too short, and with [`BlockError::Compressed`]
+    /// where the header says that one is stored in compressed frames of E2B's.
     pub async fn open<A: Into<BuildArtifact>>(
         header: Header,
         open: impl Fn(BuildId) -> Result<A, StorageError> + Send + 'static,
@@ -35,6 +36,10 @@ impl MappedDevice {
         blocking(move || {
             let mut sources = HashMap::new();
             for (build, len) in needed(&header) {
+                let frames = header.stored_builds().get(&build).and_then(|s| s.frames.as_ref());
+                if let Some(FrameTable { compression, .. }) = frames {
+                    return Err(BlockError::Compressed { build, compression: *compression });
+                }
                 let artifact = open(build)?.into();
                 if artifact.size() < len {
                     return Err(BlockError::Truncated { path: artifact.location(), offset: artifact.size() });

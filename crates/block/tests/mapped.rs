@@ -4,12 +4,13 @@
 
 mod builds;
 
-use std::fs::File;
+use std::{collections::BTreeMap, fs::File};
 
 use builds::{open, pause, store, template};
 use bytes::Bytes;
 use nidus_block::{
-    BLOCK_SIZE, BlockDevice, BlockError, MappedDevice, Overlay, ReadDevice, compact, header::Header,
+    BLOCK_SIZE, BlockDevice, BlockError, MappedDevice, Overlay, ReadDevice, compact,
+    header::{Compression, Frame, FrameTable, Header, StoredBuild, Version},
     wants_compaction,
 };
 use nidus_storage::{Artifact, BuildId, StorageError};
@@ -182,4 +183,31 @@ async fn a_missing_or_cut_file_is_named() {
         let text = error.to_string();
         assert!(text.contains(&build.to_string()) && text.contains("rootfs.ext4"), "{text}");
     }
+}
+
+#[tokio::test]
+async fn a_build_that_is_stored_compressed_is_refused_by_name() {
+    let (_dir, store) = store();
+    let build = template(&store, &vec![1; 3 * BLOCK]).await.build();
+    let open = |stored| {
+        let header = Header::identity(build, 3 * BLOCK_SIZE, BLOCK_SIZE).unwrap();
+        let header = header.with_stored_builds(BTreeMap::from([(build, stored)])).unwrap();
+        let header = Header::parse(&header.encode(Version::V5).unwrap()).unwrap();
+        let store = store.clone();
+        MappedDevice::open(header, move |b| store.open_artifact(b, Artifact::Rootfs))
+    };
+    let size = 3 * BLOCK_SIZE;
+    let device = open(StoredBuild { size, ..StoredBuild::default() }).await.unwrap();
+    let mut bytes = vec![0; 3 * BLOCK];
+    device.read_at(0, &mut bytes).await.unwrap();
+    assert!(bytes.iter().all(|b| *b == 1));
+
+    let frame = Frame { offset: 0, len: size as u32, stored_offset: 0, stored_len: 100 };
+    let frames = Some(FrameTable { compression: Compression::Lz4, frames: vec![frame] });
+    let error = open(StoredBuild { size, frames, ..StoredBuild::default() }).await.unwrap_err();
+    assert!(matches!(error, BlockError::Compressed { build: b, .. } if b == build), "{error}");
+    assert_eq!(
+        error.to_string(),
+        format!("build {build} is stored in lz4 frames, as a header says, and cannot be read")
+    );
 }

@@ -6,6 +6,9 @@
 //! same kind.
 
 mod builds;
+mod chunk_service;
+#[cfg(test)]
+mod chunk_service_tests;
 mod garbage;
 mod info;
 mod node;

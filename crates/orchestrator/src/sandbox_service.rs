@@ -82,6 +82,7 @@ fn create_status(id: &str, e: CreateError) -> Status {
             Status::not_found(format!("build {b} was not found on this node"))
         }
         CreateError::Template(e) => Status::failed_precondition(e.to_string()),
+        e if e.is_unsupported() => Status::failed_precondition(e.to_string()),
         e if e.is_damage() => Status::data_loss(e.to_string()),
         CreateError::Cancelled => Status::cancelled(format!("sandbox '{id}' was killed while it started")),
         CreateError::ShuttingDown => Status::unavailable(e.to_string()),

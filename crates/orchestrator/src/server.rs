@@ -13,6 +13,7 @@ use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use nidus_proto::node::ServiceInfoStatus;
+use nidus_proto::node::chunk_service_server::ChunkServiceServer;
 use nidus_proto::node::garbage_service_server::GarbageServiceServer;
 use nidus_proto::node::info_service_server::InfoServiceServer;
 use nidus_proto::node::sandbox_service_server::SandboxServiceServer;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::Node;
+use crate::chunk_service::Chunks;
 use crate::garbage::GarbageOf;
 use crate::info::Info;
 use crate::sandbox_service::Sandboxes;
@@ -48,10 +50,12 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, stop: CancellationTok
     let (reporter, grpc_health) = tonic_health::server::health_reporter();
     reporter.set_serving::<SandboxServiceServer<Sandboxes>>().await;
     reporter.set_serving::<TemplateServiceServer<Templates>>().await;
+    reporter.set_serving::<ChunkServiceServer<Chunks>>().await;
     let router = Routes::new(SandboxServiceServer::new(Sandboxes(node.clone())))
         .add_service(TemplateServiceServer::new(Templates(node.clone())))
         .add_service(GarbageServiceServer::new(GarbageOf(node.clone())))
         .add_service(InfoServiceServer::new(Info(node.clone())))
+        .add_service(ChunkServiceServer::new(Chunks(node.factory.store().clone())))
         .add_service(grpc_health)
         .into_axum_router()
         .merge(axum::Router::new().route("/health", get(health)).with_state(node));

@@ -91,6 +91,11 @@ impl CreateError {
         }
     }
 
+    /// Whether the build is sound but stored in a way that is not read here.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, Self::Block(BlockError::Compressed { .. }))
+    }
+
     /// A [`CreateError::Io`] with what was being done.
     pub fn io(action: impl Into<String>, source: std::io::Error) -> Self {
         Self::Io { action: action.into(), source }

@@ -76,6 +76,17 @@ impl BuildArtifact {
     }
 }
 
+/// Where another node that asks for an artifact finds it.
+#[derive(Debug)]
+pub enum Held {
+    /// On this node's disk, and not in the object store yet.
+    Here(ArtifactFile),
+    /// In the object store, as far as this node knows.
+    Uploaded,
+    /// Not on this node's disk: its build is not, or has no such artifact.
+    Nowhere,
+}
+
 impl From<ArtifactFile> for BuildArtifact {
     fn from(file: ArtifactFile) -> Self {
         Self::Local(file)
@@ -177,6 +188,30 @@ impl Builds {
         // A VMM takes an open file only in the mode in which it would have opened it.
         let own = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         File::open(&own).map_err(|e| StorageError::io("open", &own, e))
+    }
+
+    /// Where another node finds an artifact of a build on this node's disk. While the object store cannot
+    /// be asked, that is here.
+    ///
+    /// Fails as [`LocalStore::open_artifact`] does for a damaged build.
+    pub async fn held(&self, build: BuildId, artifact: Artifact) -> Result<Held, StorageError> {
+        let local = self.local.clone();
+        let find = move || local.find_artifact(build, artifact);
+        let Some(file) = blocking("open an artifact", find).await? else { return Ok(Held::Nowhere) };
+        let Some(remote) = &self.remote else { return Ok(Held::Here(file)) };
+        let queued = remote.uploader.pending().await?;
+        match queued.into_iter().find(|(b, _)| *b == build) {
+            Some((_, RemoteTask::Remove)) => Ok(Held::Nowhere),
+            Some((_, RemoteTask::Upload)) => Ok(Held::Here(file)),
+            _ => match remote.has(build).await {
+                Ok(true) => Ok(Held::Uploaded),
+                Ok(false) => Ok(Held::Here(file)),
+                Err(error) => {
+                    warn!(%build, %error, "serving a build to another node");
+                    Ok(Held::Here(file))
+                }
+            },
+        }
     }
 
     /// Begins to write a build: see [`LocalStore::stage`]. Its publication queues it for the object

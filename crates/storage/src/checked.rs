@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,6 +12,7 @@ use std::{
 use crate::{
     Artifact, BuildId, CHECKED_BLOCK, Damaged, StorageError,
     checksums::{Checksums, Sums, sum},
+    error::blocking,
 };
 
 /// Artifacts are copied in pieces of this size.
@@ -118,6 +120,23 @@ impl ArtifactFile {
         let mut bytes = vec![0; self.size() as usize];
         self.read_blocks(0, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// The bytes of a range, checked. What lies beyond the artifact is left out.
+    pub async fn read_range(self: &Arc<Self>, range: Range<u64>) -> Result<Vec<u8>, StorageError> {
+        let file = self.clone();
+        blocking("read an artifact", move || {
+            let end = range.end.min(file.size());
+            let start = range.start.min(end);
+            let first = start / CHECKED_BLOCK * CHECKED_BLOCK;
+            let last = end.next_multiple_of(CHECKED_BLOCK).min(file.size());
+            let mut bytes = vec![0; (last - first) as usize];
+            file.read_blocks(first, &mut bytes)?;
+            bytes.truncate((end - first) as usize);
+            bytes.drain(..(start - first) as usize);
+            Ok(bytes)
+        })
+        .await
     }
 
     /// Copies all of it, checked, to the beginning of a file. Blocks.

@@ -20,7 +20,7 @@ mod publish;
 pub mod remote;
 
 pub use artifact::{Artifact, BuildId, InvalidBuildId};
-pub use builds::{BuildArtifact, Builds};
+pub use builds::{BuildArtifact, Builds, Held};
 pub use cache::{BuildPin, FrameCache};
 pub use checked::ArtifactFile;
 pub use checksums::CHECKED_BLOCK;

@@ -141,6 +141,27 @@ impl LocalStore {
         ArtifactFile::open(self.path(build, artifact), artifact, self.sums(build)?)
     }
 
+    /// Opens an artifact if the build is published here and has it. Blocks.
+    ///
+    /// Fails as [`LocalStore::open_artifact`] does for a damaged build.
+    pub fn find_artifact(
+        &self,
+        build: BuildId,
+        artifact: Artifact,
+    ) -> Result<Option<ArtifactFile>, StorageError> {
+        let find = || {
+            let _no_swap = self.swaps.read();
+            let sums = self.sums(build)?;
+            let has_it = sums.artifacts.iter().any(|(a, _)| *a == artifact);
+            has_it.then(|| ArtifactFile::open(self.path(build, artifact), artifact, sums)).transpose()
+        };
+        // Looked for last: it may have been removed meanwhile.
+        match find() {
+            Err(_) if !is_there(&self.dir(build))? => Ok(None),
+            result => result,
+        }
+    }
+
     /// Opens all artifacts of a published build as they are at one time, whether or not the build is
     /// replaced afterwards. Blocks.
     ///

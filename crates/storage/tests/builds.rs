@@ -12,7 +12,7 @@ use std::{
 };
 
 use nidus_storage::{
-    Artifact, BuildArtifact, BuildId, Builds, FrameCache, LocalStore, StorageError,
+    Artifact, BuildArtifact, BuildId, Builds, FrameCache, Held, LocalStore, StorageError,
     remote::{ReaderOptions, RemoteQueue, RemoteReader, RemoteTask, Uploader},
 };
 use support::{FRAME, Faulty, SMALL, content};
@@ -143,6 +143,32 @@ async fn what_one_node_publishes_another_reads_and_the_first_removes() {
     not_found(first.builds.remove(build).await, build);
     first.settle().await;
     assert!(!store.remote().exists(build).await.unwrap());
+    first.stop().await;
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_node_is_told_where_a_build_is() {
+    let (store, [one, two]) = (Faulty::new(Duration::ZERO), [(); 2].map(|()| TempDir::new().unwrap()));
+    store.fail_after(0, false);
+    let (first, second) = (Node::start(one.path(), &store), Node::start(two.path(), &store));
+    let build = first.publish(1).await;
+    let held = |node: &Node, artifact| {
+        let builds = node.builds.clone();
+        async move { builds.held(build, artifact).await.unwrap() }
+    };
+    let Held::Here(memfile) = held(&first, Artifact::Memfile).await else { panic!("it is not uploaded yet") };
+    assert_eq!(Arc::new(memfile).read_range(99_000..200_000).await.unwrap(), content(1, 100_000)[99_000..]);
+    assert!(matches!(held(&first, Artifact::Snapfile).await, Held::Nowhere), "it has none");
+    store.fail_after(u64::MAX, false);
+    first.settle().await;
+    assert!(matches!(held(&first, Artifact::Memfile).await, Held::Uploaded));
+    assert!(matches!(held(&second, Artifact::Memfile).await, Held::Nowhere));
+    // The disk is still there when the object store is not.
+    store.fail_after(0, false);
+    assert!(matches!(held(&first, Artifact::Memfile).await, Held::Here(_)));
+    first.uploader.add(build, RemoteTask::Remove).await.unwrap();
+    assert!(matches!(held(&first, Artifact::Memfile).await, Held::Nowhere), "it is about to go");
     first.stop().await;
     second.stop().await;
 }

@@ -5,6 +5,7 @@
 use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    sync::Arc,
 };
 
 use nidus_storage::{Artifact, BuildId, LocalStore, StagedBuild, StorageError};
@@ -158,6 +159,35 @@ async fn a_small_artifact_is_read_whole_or_not_at_all() {
     store.remove(build).await.unwrap();
     stage(&store, build, "new").await.commit().await.unwrap();
     assert_eq!(store.read(build, Artifact::Metadata).await.unwrap(), b"new");
+}
+
+#[tokio::test]
+async fn a_range_is_read_exactly_or_not_at_all() {
+    let (_dir, store) = store();
+    let build = BuildId::random();
+    let staged = stage(&store, build, "{}").await;
+    let content: Vec<u8> = (0..10_000u32).map(|n| (n % 251) as u8).collect();
+    staged.write(Artifact::Memfile, content.clone()).await.unwrap();
+    staged.commit().await.unwrap();
+    assert!(store.find_artifact(build, Artifact::Snapfile).unwrap().is_none());
+    assert!(store.find_artifact(BuildId::random(), Artifact::Memfile).unwrap().is_none());
+    let memfile = Arc::new(store.find_artifact(build, Artifact::Memfile).unwrap().unwrap());
+    for (start, end) in [(0, 10_000), (0, 1), (4095, 4097), (4096, 8192), (5, 9_999), (9_999, 10_000), (7, 7)]
+    {
+        let bytes = memfile.read_range(start..end).await.unwrap();
+        assert!(bytes == content[start as usize..end as usize], "{start}..{end}");
+    }
+    assert_eq!(memfile.read_range(9_998..20_000).await.unwrap(), content[9_998..]);
+    assert!(memfile.read_range(20_000..30_000).await.unwrap().is_empty());
+
+    let path = store.path(build, Artifact::Memfile);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    let mut flipped = content.clone();
+    flipped[8192] ^= 1;
+    fs::write(&path, flipped).unwrap();
+    assert!(memfile.read_range(0..8192).await.unwrap() == content[..8192]);
+    let damaged = memfile.read_range(8200..8201).await.unwrap_err().to_string();
+    assert_eq!(damaged, format!("memfile of build {build} is damaged at offset 8192: the checksum is wrong"));
 }
 
 #[tokio::test]

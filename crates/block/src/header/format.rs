@@ -1,25 +1,25 @@
 //! The header's bytes, little-endian: version, block size, size and generation (u64 each), build id
-//! and base build id (16 bytes each); then mappings up to the end: offset and length (u64 each),
-//! build id (16 bytes), offset in that build (u64).
+//! and base build id (16 bytes each). In version 3, mappings follow up to the end: offset and length
+//! (u64 each), build id (16 bytes), offset in that build (u64). For the others see [`packed`].
+
+use std::collections::BTreeMap;
 
 use nidus_storage::BuildId;
 
-use super::{Header, HeaderError, Mapping};
+use super::{Header, HeaderError, Mapping, Version, packed};
 
-const VERSION: u64 = 3;
 const FIXED_LEN: usize = 64;
-const MAPPING_LEN: usize = 40;
+pub(super) const MAPPING_LEN: usize = 40;
 
 impl Header {
-    /// Reads a header. Nothing about the bytes is trusted; what is accepted maps all of the device
-    /// without gaps or overlaps. A header without mappings stands for [`Header::identity`].
+    /// Reads a header of any [`Version`]. Nothing about the bytes is trusted; what is accepted maps
+    /// all of the device without gaps or overlaps. A header without mappings stands for
+    /// [`Header::identity`], but in version 5 for zeros.
     pub fn parse(bytes: &[u8]) -> Result<Self, HeaderError> {
         let cut = || HeaderError::Cut(bytes.len());
         let mut fields = Fields(bytes);
         let version = fields.number().ok_or_else(cut)?;
-        if version != VERSION {
-            return Err(HeaderError::Version(version));
-        }
+        let version = Version::from_wire(version).ok_or(HeaderError::Version(version))?;
         let header = (|| {
             Some(Self {
                 block_size: fields.number()?,
@@ -27,57 +27,89 @@ impl Header {
                 generation: fields.number()?,
                 build: fields.id()?,
                 base: fields.id()?,
-                mappings: Vec::with_capacity(fields.0.len() / MAPPING_LEN),
+                mappings: Vec::new(),
+                stored: BTreeMap::new(),
+                pending: false,
             })
         })();
         let mut header = header.ok_or_else(cut)?;
-        if fields.0.is_empty() {
-            let Self { block_size, size, build, .. } = header;
-            let identity = Self::identity(build, size, block_size)?;
-            return Ok(Self { mappings: identity.mappings, ..header });
+        if version == Version::V3 {
+            header.mappings.reserve_exact(fields.0.len() / MAPPING_LEN);
+            while !fields.0.is_empty() {
+                header.mappings.push(fields.mapping().ok_or_else(cut)?);
+            }
+        } else {
+            packed::read(&mut header, version, fields.0)?;
         }
-        while !fields.0.is_empty() {
-            header.mappings.push(fields.mapping().ok_or_else(cut)?);
+        if header.mappings.is_empty() {
+            header.mappings = Self::identity(header.build, header.size, header.block_size)?.mappings;
         }
         header.checked()
     }
 
-    /// The header's bytes, for [`Header::parse`] or another reader of version 3.
+    /// The header's bytes in version 3, the one that every reader has. It has no place for
+    /// [`Header::stored_builds`].
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FIXED_LEN + MAPPING_LEN * self.mappings.len());
-        for number in [VERSION, self.block_size, self.size, self.generation] {
+        self.put_fixed(Version::V3, &mut out);
+        self.mappings.iter().for_each(|m| m.put(&mut out));
+        out
+    }
+
+    /// The header's bytes in a version of choice.
+    ///
+    /// Fails with [`HeaderError::Unwritable`] if it is too large for that version.
+    pub fn encode(&self, version: Version) -> Result<Vec<u8>, HeaderError> {
+        if version == Version::V3 {
+            return Ok(self.to_bytes());
+        }
+        let mut out = Vec::new();
+        self.put_fixed(version, &mut out);
+        packed::write(self, version, &mut out)?;
+        Ok(out)
+    }
+
+    fn put_fixed(&self, version: Version, out: &mut Vec<u8>) {
+        for number in [version as u64, self.block_size, self.size, self.generation] {
             out.extend(number.to_le_bytes());
         }
         out.extend(self.build.as_bytes());
         out.extend(self.base.as_bytes());
-        for m in &self.mappings {
-            out.extend(m.offset.to_le_bytes());
-            out.extend(m.len.to_le_bytes());
-            out.extend(m.build.as_bytes());
-            out.extend(m.build_offset.to_le_bytes());
-        }
-        out
     }
 }
 
-struct Fields<'a>(&'a [u8]);
+impl Mapping {
+    pub(super) fn put(&self, out: &mut Vec<u8>) {
+        out.extend(self.offset.to_le_bytes());
+        out.extend(self.len.to_le_bytes());
+        out.extend(self.build.as_bytes());
+        out.extend(self.build_offset.to_le_bytes());
+    }
+}
+
+/// What is left to be read.
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+    pub(super) fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (taken, rest) = self.0.split_first_chunk::<N>()?;
         self.0 = rest;
         Some(*taken)
     }
 
-    fn number(&mut self) -> Option<u64> {
+    pub(super) fn number(&mut self) -> Option<u64> {
         self.take().map(u64::from_le_bytes)
     }
 
-    fn id(&mut self) -> Option<BuildId> {
+    pub(super) fn short(&mut self) -> Option<u32> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    pub(super) fn id(&mut self) -> Option<BuildId> {
         self.take().map(BuildId::from_bytes)
     }
 
-    fn mapping(&mut self) -> Option<Mapping> {
+    pub(super) fn mapping(&mut self) -> Option<Mapping> {
         Some(Mapping {
             offset: self.number()?,
             len: self.number()?,
@@ -131,7 +163,7 @@ mod tests {
     fn wrong_headers_are_named() {
         let m = (0, 8192, 1, 0);
         let parse = |fixed, mappings: &[_]| Header::parse(&bytes(fixed, mappings)).unwrap_err();
-        assert_eq!(parse([4, 4096, 8192, 0], &[m]), HeaderError::Version(4));
+        assert_eq!(parse([6, 4096, 8192, 0], &[m]), HeaderError::Version(6));
         assert_eq!(parse([3, 0, 8192, 0], &[m]), HeaderError::BlockSize(0));
         assert_eq!(parse([3, 512, 8192, 0], &[m]), HeaderError::BlockSize(512));
         assert_eq!(parse([3, 12288, 8192, 0], &[m]), HeaderError::BlockSize(12288));

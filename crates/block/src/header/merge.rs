@@ -1,21 +1,24 @@
 //! The header of a build that changed parts of its parent.
 
+use std::collections::BTreeSet;
+
 use nidus_storage::BuildId;
 
 use super::{Header, HeaderError, Mapping, check_order, extents, padded};
 
 impl Header {
     /// The header of `build`, which differs from this one's build in the ranges of `changed`:
-    /// ascending and apart, each stored where it says (or by nobody, if it became zeros).
+    /// ascending and apart, each stored where it says (or by nobody, if it became zeros). How `build`
+    /// itself is stored it does not say.
     pub fn child(&self, build: BuildId, changed: &[Mapping]) -> Result<Self, HeaderError> {
         let generation = self.generation.saturating_add(1);
         // Nothing is no build: the line begins with the first one that stores something.
         let base = if self.base.is_nil() { build } else { self.base };
-        Self { generation, build, base, ..self.relocated(changed)? }.checked()
+        Self { generation, build, base, ..self.clone() }.relocated(changed)
     }
 
     /// The header of the same build with the ranges of `moved`, ascending and apart, stored where
-    /// those say.
+    /// those say. How other builds are stored it says of those that it still refers to.
     pub fn relocated(&self, moved: &[Mapping]) -> Result<Self, HeaderError> {
         check_order(moved, padded(self.size, self.block_size)?)?;
         let mut mappings = Vec::with_capacity(self.mappings.len() + 2 * moved.len());
@@ -26,12 +29,15 @@ impl Header {
             at = m.end();
         }
         extents(&self.mappings, at..u64::MAX).for_each(|m| append(&mut mappings, m));
-        Self { mappings, ..self.clone() }.checked()
+        let read: BTreeSet<BuildId> = mappings.iter().map(|m| m.build).filter(|b| *b != self.build).collect();
+        let mut stored = self.stored.clone();
+        stored.retain(|build, _| read.contains(build));
+        Self { mappings, stored, pending: false, ..self.clone() }.checked()
     }
 }
 
 /// Adds a mapping, as a part of the last one where it continues that.
-fn append(mappings: &mut Vec<Mapping>, next: Mapping) {
+pub(super) fn append(mappings: &mut Vec<Mapping>, next: Mapping) {
     match mappings.last_mut() {
         Some(last)
             if last.build == next.build

@@ -1,17 +1,42 @@
 //! The header of an artifact: which build stores which range of a logical device.
 //!
 //! A build stores only the blocks that it changed and refers to its parents' builds for the rest;
-//! its header maps all of the device. The layout on disk is E2B's version 3.
+//! its header maps all of the device. The layouts on disk are E2B's: see [`Version`].
 
+mod error;
 mod format;
 mod merge;
+mod packed;
+#[cfg(test)]
+mod packed_tests;
+mod stored;
 
-use std::ops::Range;
+use std::{collections::BTreeMap, ops::Range};
 
 use nidus_storage::BuildId;
 
+pub use error::HeaderError;
+pub use stored::{Compression, Frame, FrameTable, MAX_FRAMES, StoredBuild};
+
 /// Mappings begin and end at multiples of this, whatever the block size.
 pub const GRANULE: u64 = 4096;
+
+/// A layout of a header's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Version {
+    /// Plain mappings.
+    V3 = 3,
+    /// Compressed as a whole, with [`StoredBuild`]s.
+    V4 = 4,
+    /// The same with mappings in columns of small numbers, for maps of very many pieces.
+    V5 = 5,
+}
+
+impl Version {
+    fn from_wire(number: u64) -> Option<Self> {
+        [Self::V3, Self::V4, Self::V5].into_iter().find(|v| *v as u64 == number)
+    }
+}
 
 /// The map of a device of `size` bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +48,8 @@ pub struct Header {
     base: BuildId,
     /// Ascending, without gaps, from 0 to `size` or up to a block beyond; never empty.
     mappings: Vec<Mapping>,
+    stored: BTreeMap<BuildId, StoredBuild>,
+    pending: bool,
 }
 
 /// Where a range of the device is stored. All numbers are bytes.
@@ -52,49 +79,13 @@ impl Mapping {
     }
 }
 
-/// Why bytes or mappings are not a valid header.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum HeaderError {
-    /// Too short for the fixed part, or cut within a mapping.
-    #[error("the header of {0} bytes is cut short")]
-    Cut(usize),
-    /// A version that this code does not read.
-    #[error("the header has version {0}, only 3 is supported")]
-    Version(u64),
-    /// The block size is not a power of two of at least 4 KiB.
-    #[error("the header's block size of {0} bytes is not a power of two from 4096 on")]
-    BlockSize(u64),
-    /// The device is empty or too large to be addressed.
-    #[error("the header's device size of {0} bytes is not usable")]
-    Size(u64),
-    /// A mapping is empty, reaches beyond what can be addressed, or is not in 4 KiB units.
-    #[error("mapping {index} of the header is not a range of whole 4 KiB units")]
-    BadRange {
-        /// The mapping's number, from 0.
-        index: usize,
-    },
-    /// A mapping overlaps the one before it, or comes before it.
-    #[error("mapping {index} of the header does not come after the one before it")]
-    OutOfOrder {
-        /// The mapping's number, from 0.
-        index: usize,
-    },
-    /// A part of the device is not mapped.
-    #[error("the header does not map the device from byte {0} on")]
-    Gap(u64),
-    /// A mapping reaches beyond the device's last block.
-    #[error("mapping {index} of the header reaches beyond the device")]
-    BeyondEnd {
-        /// The mapping's number, from 0.
-        index: usize,
-    },
-}
-
 impl Header {
     /// The header of a build that stores all of a device of `size` bytes itself, block by block.
     pub fn identity(build: BuildId, size: u64, block_size: u64) -> Result<Self, HeaderError> {
         let whole = Mapping { offset: 0, len: padded(size, GRANULE)?, build, build_offset: 0 };
-        Self { block_size, size, generation: 0, build, base: build, mappings: vec![whole] }.checked()
+        let (mappings, stored) = (vec![whole], BTreeMap::new());
+        Self { block_size, size, generation: 0, build, base: build, mappings, stored, pending: false }
+            .checked()
     }
 
     /// The header of a device of `size` bytes that nobody has written to: all zeros, of no build.
@@ -135,6 +126,23 @@ impl Header {
     /// All mappings, ascending and without gaps.
     pub fn mappings(&self) -> &[Mapping] {
         &self.mappings
+    }
+
+    /// How builds that it refers to are stored, as far as it says so: only versions 4 and 5 can.
+    pub fn stored_builds(&self) -> &BTreeMap<BuildId, StoredBuild> {
+        &self.stored
+    }
+
+    /// The same header with that said.
+    pub fn with_stored_builds(self, stored: BTreeMap<BuildId, StoredBuild>) -> Result<Self, HeaderError> {
+        stored.iter().try_for_each(|(build, stored)| stored.check(*build))?;
+        Ok(Self { stored, ..self })
+    }
+
+    /// Whether it says that its build was still being uploaded when it was written. Peers send such
+    /// headers; none is stored.
+    pub fn is_upload_pending(&self) -> bool {
+        self.pending
     }
 
     /// Where the device's range is stored, piece by piece in ascending order. What lies beyond the

@@ -55,6 +55,7 @@ impl Context {
             BlockError::Truncated { .. }
             | BlockError::Io { .. }
             | BlockError::Storage(_)
+            | BlockError::Compressed { .. }
             | BlockError::Header(_) => (Errno::Io, "input/output error on the host"),
         };
         if self.warned.swap(true, Ordering::Relaxed) {
