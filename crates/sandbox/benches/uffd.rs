@@ -32,7 +32,7 @@ use nidus_memory::{
     PageSize,
     uffd::{Config, Handler, Handshake, Recorded, Recording},
 };
-use nidus_sandbox::BuildPages;
+use nidus_sandbox::{AROUND, BuildPages};
 use nidus_storage::{Artifact, BuildId, LocalStore};
 use tokio::runtime::Runtime;
 
@@ -55,12 +55,14 @@ enum Kind {
     Prefetched,
 }
 
-const CASES: [Case; 11] = [
+const CASES: [Case; 13] = [
     Case { name: "kernel, read, one fault", kind: Kind::Kernel { write: false, distance: 16 * SMALL } },
     Case { name: "kernel, read, all pages", kind: Kind::Kernel { write: false, distance: SMALL } },
     Case { name: "kernel, write", kind: Kind::Kernel { write: true, distance: SMALL } },
     handler("handler, read", false, 1, 1, 1),
     handler("handler, write", true, 1, 1, 1),
+    handler("handler, read, as nodes do", false, 1, 1, AROUND),
+    handler("handler, write, as nodes do", true, 1, 1, AROUND),
     handler("handler, read, 16 around", false, 1, 1, 16),
     handler("1 reader, 2 threads touch", false, 1, 2, 1),
     handler("2 readers, 1 thread touches", false, 2, 1, 1),

@@ -35,6 +35,6 @@ pub use garbage::{Garbage, GarbageError};
 pub use lineage::{Lineages, RemoveError};
 pub use pages::BuildPages;
 pub use saving::{Lineage, SaveSpec, Saved};
-pub use served::MemoryError;
+pub use served::{AROUND, MemoryError};
 pub use template::OpenTemplate;
 pub use warm::WarmStats;

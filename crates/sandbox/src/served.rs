@@ -16,6 +16,10 @@ use tokio_util::sync::CancellationToken;
 /// A VMM that was told to load hands its memory over at once.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 
+/// Pages that are put in place together, the one that was needed among them. A fault costs as much as the
+/// copies of several pages, and the neighbours of a page that is needed mostly are too.
+pub const AROUND: usize = 4;
+
 /// Why a VM's memory is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -65,7 +69,7 @@ pub fn serve(connection: oneshot::Receiver<StdUnixStream>, source: Arc<dyn PageS
         stream.set_nonblocking(true).map_err(MemoryError::Connection)?;
         let stream = UnixStream::from_std(stream).map_err(MemoryError::Connection)?;
         let handshake = Handshake::receive(stream, source.size(), HANDSHAKE_LIMIT).await?;
-        let handler = Handler::start(handshake, source, Config::default())?;
+        let handler = Handler::start(handshake, source, Config { around: AROUND, ..Config::default() })?;
         Ok(ServedMemory { handler: Arc::new(handler), connection: None })
     });
     Serving { task, done: None }
