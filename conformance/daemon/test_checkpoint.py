@@ -9,7 +9,7 @@ import pytest
 from e2b import Sandbox, SandboxException, SandboxState
 from support import sandboxes
 from support.counting import builds_of, count_beyond, start_counting, state
-from support.daemon import DEFAULT_DATA_DIR, wait_for
+from support.daemon import DEFAULT_DATA_DIR, TIME_FACTOR, wait_for
 
 
 def test_a_full_disk_leaves_the_parent_running_and_no_child(daemon, host):
@@ -85,7 +85,7 @@ def test_a_guest_stands_still_for_what_it_wrote_not_for_all(daemon, capsys):
     size = sandbox.get_info(**mine).memory_mb << 20
     copies = []
     for _ in range(3):
-        sandbox.commands.run("head -c 33554432 /dev/urandom > /dev/shm/dirty")
+        sandbox.commands.run("head -c 33554432 /dev/urandom > /dev/shm/dirty", timeout=60 * TIME_FACTOR)
         snap = sandbox.create_snapshot(**mine)
         assert Sandbox.delete_snapshot(snap.snapshot_id, **mine) is True
         with open(DEFAULT_DATA_DIR / "copied", "wb") as copied:
