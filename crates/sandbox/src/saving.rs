@@ -135,11 +135,18 @@ pub(crate) async fn take(
     let machine = sandbox.machine();
     let template = machine.template().clone();
     let rootfs = new_artifact(staged, Artifact::Rootfs)?;
+    let room = match copies {
+        Some(left) if !spec.filesystem_only => room(machine, left).await?,
+        _ => None,
+    };
     machine.vm().pause().await?;
-    let memory = if spec.filesystem_only { None } else { Some(take_memory(machine, staged, copies).await?) };
+    let stopped = Instant::now();
+    let memory = if spec.filesystem_only { None } else { Some(take_memory(machine, staged, room).await?) };
+    let memory_took = stopped.elapsed();
     machine.flush_disk().await?;
     // Last: of all that was done, this alone outlives an error.
     let disk = Arc::new(machine.freeze_disk().await?);
+    tracing::debug!(?memory_took, disk_took = ?(stopped.elapsed() - memory_took), "took what a guest is");
     Ok(Taken {
         parent: Arc::new(template.metadata.clone()),
         memory,
@@ -153,7 +160,7 @@ pub(crate) async fn take(
 async fn take_memory(
     machine: &mut Machine,
     staged: &StagedBuild,
-    copies: Option<Arc<Semaphore>>,
+    room: Option<Room>,
 ) -> Result<TakenMemory, SaveError> {
     let template = machine.template().clone();
     let (state, _) = new_artifact(staged, Artifact::Snapfile)?;
@@ -172,8 +179,8 @@ async fn take_memory(
         (MemorySaved::InMapping, _) => {
             let path = template.memfile_path().ok_or(SaveError::Where("in a mapping of no file"))?;
             let (pid, path) = (machine.vm().pid(), path.to_owned());
-            match copies {
-                Some(left) => copy(pid, path, template.memory.clone(), left).await?,
+            match room {
+                Some(room) => copy(pid, path, template.memory.clone(), room).await?,
                 None => Written::By(pid, path),
             }
         }
@@ -184,30 +191,73 @@ async fn take_memory(
     Ok(TakenMemory { parent: template.memory.clone(), written, file })
 }
 
+/// Memory for a copy of what a guest has written, with its share of what all may copy.
+struct Room {
+    bytes: Vec<u8>,
+    share: OwnedSemaphorePermit,
+    left: Arc<Semaphore>,
+}
+
+impl Room {
+    /// Makes it hold `len` bytes; whether there is so much.
+    fn resize(&mut self, len: u64) -> bool {
+        let Ok(len) = usize::try_from(len) else { return false };
+        let needed = len.div_ceil(1 << 20).saturating_sub(self.share.num_permits());
+        if needed > 0 {
+            let more = u32::try_from(needed).ok();
+            let Some(more) = more.and_then(|n| self.left.clone().try_acquire_many_owned(n).ok()) else {
+                return false;
+            };
+            self.share.merge(more);
+        }
+        // Written to, so that the kernel has given its pages: that takes as long as the copying itself.
+        self.bytes.resize(len, 1);
+        true
+    }
+}
+
+/// Room for as much as a guest that still runs has written so far, so that it stands still only for the
+/// copying. None where its VMM saves the memory itself.
+async fn room(machine: &mut Machine, left: Arc<Semaphore>) -> Result<Option<Room>, SaveError> {
+    let template = machine.template().clone();
+    let (Some(path), pid) = (template.memfile_path().map(Path::to_owned), machine.vm().pid()) else {
+        return Ok(None);
+    };
+    let work = move || {
+        let memfile = base_memfile(&path, &template.memory)?;
+        let share = left.clone().try_acquire_many_owned(0);
+        let share = share.map_err(|e| SaveError::io("reserve memory", std::io::Error::other(e)))?;
+        let mut room = Room { bytes: Vec::new(), share, left };
+        let written: u64 = written_ranges(pid, &memfile)?.iter().map(|r| r.end - r.start).sum();
+        // If there is not so much, that is seen when it is needed.
+        room.resize(written);
+        Ok(Some(room))
+    };
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|e| Err(SaveError::io("make room for a copy", std::io::Error::other(e))))
+}
+
 /// Copies what a stopped process has written, or leaves it where it is if that is too much.
 async fn copy(
     pid: u32,
     path: PathBuf,
     parent: Arc<MappedDevice>,
-    left: Arc<Semaphore>,
+    mut room: Room,
 ) -> Result<Written, SaveError> {
     let work = move || {
         let memfile = base_memfile(&path, &parent)?;
         let ranges = written_ranges(pid, &memfile)?;
         let total: u64 = ranges.iter().map(|r| r.end - r.start).sum();
-        let share = u32::try_from(total.div_ceil(1 << 20)).ok();
-        let share = share.and_then(|share| left.try_acquire_many_owned(share).ok());
-        let (Some(share), Ok(size)) = (share, usize::try_from(total)) else {
+        if !room.resize(total) {
             tracing::info!(
                 pid,
                 bytes = total,
                 "too much memory to be copied: the guest waits until it is stored"
             );
             return Ok(Written::By(pid, path));
-        };
+        }
         let process = ProcessMemory::open(pid, &memfile)?;
-        // Zeros that the kernel makes where they are first written to.
-        let mut bytes = vec![0; size];
+        let Room { mut bytes, share, .. } = room;
         let mut rest = bytes.as_mut_slice();
         for range in &ranges {
             let (part, after) = rest.split_at_mut((range.end - range.start) as usize);
