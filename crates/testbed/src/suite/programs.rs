@@ -78,8 +78,12 @@ impl Workspace {
 
     /// Builds a program.
     pub fn program(&self, name: &str) -> Result<PathBuf> {
-        let selection =
-            if self.whole { vec!["--workspace", "--bins"] } else { vec!["-p", name, "--bin", name] };
+        // Examples too: with the features that tests bring nothing is compiled anew after `make unit`.
+        let selection = if self.whole {
+            vec!["--workspace", "--bins", "--examples"]
+        } else {
+            vec!["-p", name, "--bin", name]
+        };
         let artifacts = self.cargo(&[&["build"], &selection[..]].concat())?;
         let found = artifacts.into_iter().filter(|a| a.target.name == name && !a.profile.test);
         found
