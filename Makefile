@@ -30,11 +30,13 @@ unit: ## the crates' own tests
 # bring, no crate is compiled twice.
 test testbed testbed-crates conformance: WITH := --examples
 
-testbed: build ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
-	$(BUILT)/testbed test --workspace --timeout 7200 --junit target/testbed.xml
+testbed: testbed-crates ## all tests that need KVM and kernel NBD, the SDK suite among them, in an emulated machine
+	$(BUILT)/testbed test --workspace --timeout 7200 --junit target/testbed.xml --only e2e-qemu --only daemon-qemu \
+		--only e2e-firecracker --only daemon-firecracker
 
+# The crates' tests want two processors, to have something happen at once.
 testbed-crates: build ## those of the crates alone
-	$(BUILT)/testbed test --workspace --only kvm --only nbd --only memory --only vmm --only firecracker
+	$(BUILT)/testbed test --workspace --cpus 2 --only kvm --only nbd --only memory --only vmm --only firecracker
 
 conformance: build ## the official SDKs and a daemon under stress, on real VMs
 	@conformance/run.sh
