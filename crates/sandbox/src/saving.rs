@@ -86,6 +86,8 @@ impl Lineage {
 
 /// What a stopped guest was, and where it is to be stored.
 pub(crate) struct Taken {
+    /// When the guest was told to stop.
+    pub stopped: Instant,
     parent: Arc<TemplateMetadata>,
     /// None if the disk alone is stored.
     memory: Option<TakenMemory>,
@@ -139,8 +141,8 @@ pub(crate) async fn take(
         Some(left) if !spec.filesystem_only => room(machine, left).await?,
         _ => None,
     };
-    machine.vm().pause().await?;
     let stopped = Instant::now();
+    machine.vm().pause().await?;
     let memory = if spec.filesystem_only { None } else { Some(take_memory(machine, staged, room).await?) };
     let memory_took = stopped.elapsed();
     machine.flush_disk().await?;
@@ -148,6 +150,7 @@ pub(crate) async fn take(
     let disk = Arc::new(machine.freeze_disk().await?);
     tracing::debug!(?memory_took, disk_took = ?(stopped.elapsed() - memory_took), "took what a guest is");
     Ok(Taken {
+        stopped,
         parent: Arc::new(template.metadata.clone()),
         memory,
         disk_parent: template.disk.clone(),
