@@ -487,6 +487,7 @@ mod tests {
                 (new_file(path.clone()).unwrap(), path)
             };
             let taken = Taken {
+                stopped: Instant::now(),
                 parent: metadata.clone(),
                 memory: memory.map(|written| TakenMemory {
                     parent: memory_parent.clone(),
