@@ -75,6 +75,11 @@ pub struct Store {
     pool: SqlitePool,
 }
 
+/// SQLITE_BUSY.
+fn is_busy(e: &sqlx::Error) -> bool {
+    e.as_database_error().and_then(|e| e.code()).is_some_and(|code| code == "5")
+}
+
 /// Milliseconds since 1970, as times are kept.
 fn now() -> i64 {
     Utc::now().timestamp_millis()
@@ -105,11 +110,16 @@ impl Store {
             .synchronous(SqliteSynchronous::Normal)
             .foreign_keys(true)
             .busy_timeout(BUSY_LIMIT);
-        let pool = SqlitePoolOptions::new()
-            .max_connections(4)
-            .connect_with(options)
-            .await
-            .map_err(|e| open(std::io::Error::other(e)))?;
+        let began = std::time::Instant::now();
+        let pool = loop {
+            match SqlitePoolOptions::new().max_connections(4).connect_with(options.clone()).await {
+                // The first switch of a new file to its log does not wait for another's lock.
+                Err(e) if is_busy(&e) && began.elapsed() < BUSY_LIMIT => {
+                    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                }
+                done => break done.map_err(|e| open(std::io::Error::other(e)))?,
+            }
+        };
         let found: i64 = sqlx::query_scalar("PRAGMA user_version")
             .fetch_one(&pool)
             .await
