@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use nidus_block::{BlockError, Diff, DiffWriter, Frozen, MappedDevice};
-use nidus_memory::ProcessMemory;
 use nidus_memory::pagemap::written_ranges;
+use nidus_memory::{Memfile, ProcessMemory};
 use nidus_storage::{Artifact, BuildId, StagedBuild};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::{MemoryDoor, MemorySaved, SaveMemory, SnapshotFiles};
@@ -181,10 +181,9 @@ async fn take_memory(
     let written = match (saved, diff) {
         (MemorySaved::InMapping, _) => {
             let path = template.memfile_path().ok_or(SaveError::Where("in a mapping of no file"))?;
-            let (pid, path) = (machine.vm().pid(), path.to_owned());
             match room {
-                Some(room) => copy(pid, path, template.memory.clone(), room).await?,
-                None => Written::By(pid, path),
+                Some(room) => copy(room).await?,
+                None => Written::By(machine.vm().pid(), path.to_owned()),
             }
         }
         (MemorySaved::Diff(ranges), Some(file)) => Written::To(file, ranges),
@@ -196,6 +195,9 @@ async fn take_memory(
 
 /// Memory for a copy of what a guest has written, with its share of what all may copy.
 struct Room {
+    /// The process that has the memory, and the file that it maps.
+    pid: u32,
+    memfile: Memfile,
     bytes: Vec<u8>,
     share: OwnedSemaphorePermit,
     left: Arc<Semaphore>,
@@ -230,8 +232,8 @@ async fn room(machine: &mut Machine, left: Arc<Semaphore>) -> Result<Option<Room
         let memfile = base_memfile(&path, &template.memory)?;
         let share = left.clone().try_acquire_many_owned(0);
         let share = share.map_err(|e| SaveError::io("reserve memory", std::io::Error::other(e)))?;
-        let mut room = Room { bytes: Vec::new(), share, left };
         let written: u64 = written_ranges(pid, &memfile)?.iter().map(|r| r.end - r.start).sum();
+        let mut room = Room { pid, memfile, bytes: Vec::new(), share, left };
         // If there is not so much, that is seen when it is needed.
         room.resize(written);
         Ok(Some(room))
@@ -241,15 +243,10 @@ async fn room(machine: &mut Machine, left: Arc<Semaphore>) -> Result<Option<Room
 }
 
 /// Copies what a stopped process has written, or leaves it where it is if that is too much.
-async fn copy(
-    pid: u32,
-    path: PathBuf,
-    parent: Arc<MappedDevice>,
-    mut room: Room,
-) -> Result<Written, SaveError> {
+async fn copy(mut room: Room) -> Result<Written, SaveError> {
     let work = move || {
-        let memfile = base_memfile(&path, &parent)?;
-        let ranges = written_ranges(pid, &memfile)?;
+        let pid = room.pid;
+        let ranges = written_ranges(pid, &room.memfile)?;
         let total: u64 = ranges.iter().map(|r| r.end - r.start).sum();
         if !room.resize(total) {
             tracing::info!(
@@ -257,9 +254,9 @@ async fn copy(
                 bytes = total,
                 "too much memory to be copied: the guest waits until it is stored"
             );
-            return Ok(Written::By(pid, path));
+            return Ok(Written::By(pid, room.memfile.path().to_owned()));
         }
-        let process = ProcessMemory::open(pid, &memfile)?;
+        let process = ProcessMemory::open(pid, &room.memfile)?;
         let Room { mut bytes, share, .. } = room;
         let mut rest = bytes.as_mut_slice();
         for range in &ranges {
