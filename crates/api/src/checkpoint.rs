@@ -289,6 +289,7 @@ mod tests {
         let ingress = SandboxNetworkIngressConfig {
             traffic_access_token: Some("traffic".into()),
             mask_request_host: Some("mask".into()),
+            ..Default::default()
         };
         let parent = SandboxConfig {
             sandbox_id: "parent".into(),

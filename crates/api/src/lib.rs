@@ -13,6 +13,7 @@ mod garbage;
 mod input;
 mod list;
 mod model;
+mod network;
 mod nodes;
 mod pause;
 mod sandboxes;

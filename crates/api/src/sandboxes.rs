@@ -8,10 +8,7 @@ use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, TimeDelta, Utc};
 use http::StatusCode;
-use nidus_proto::node::{
-    RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxNetworkConfig, SandboxNetworkEgressConfig,
-    SandboxNetworkIngressConfig, SandboxUpdateRequest,
-};
+use nidus_proto::node::{RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxUpdateRequest};
 use prost_types::Timestamp;
 use uuid::Uuid;
 
@@ -19,12 +16,12 @@ use crate::auth::Team;
 use crate::input::{Input, OptionalInput};
 use crate::list::{self, Known, Query};
 use crate::model::{
-    Lifecycle, ListedSandbox, Network, NewSandbox, RefreshRequest, Sandbox, SandboxDetail, TimeoutRequest,
+    Lifecycle, ListedSandbox, NewSandbox, RefreshRequest, Sandbox, SandboxDetail, TimeoutRequest,
 };
 use crate::pause;
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
 use crate::templates::plain_name;
-use crate::{Api, ApiError, auto_resume};
+use crate::{Api, ApiError, auto_resume, network};
 
 /// Time of a sandbox made by the old call when it does not say (contract).
 const OLD_DEFAULT: Duration = Duration::from_secs(15);
@@ -162,7 +159,7 @@ impl Api {
         }
         let (template, build) = self.usable(&team.id, &new.template_id).await?;
         self.nodes.check_runs(&build.vmm_version).await?;
-        let network = network(new.network)?;
+        let network = network::of_new(new.network)?;
         let config = SandboxConfig {
             template_id: template.id.clone(),
             build_id: build.id.clone(),
@@ -261,48 +258,6 @@ fn check_auto_pause(new: &NewSandbox) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn network(network: Option<Network>) -> Result<Option<SandboxNetworkConfig>, ApiError> {
-    let Some(n) = network else { return Ok(None) };
-    let some = |v: &Option<Vec<String>>| v.clone().unwrap_or_default();
-    if n.egress_proxy.as_ref().is_some_and(|p| !p.is_null())
-        || n.rules.as_ref().is_some_and(|r| !r.is_empty())
-    {
-        return Err(ApiError::not_yet("network.egressProxy or network.rules"));
-    }
-    let is_address = |t: &String| t.bytes().next().is_some_and(|b| b.is_ascii_digit()) || t.contains(':');
-    let (allowed_cidrs, allowed_domains) = some(&n.allow_out).into_iter().partition(is_address);
-    let egress = SandboxNetworkEgressConfig {
-        allowed_cidrs,
-        allowed_domains,
-        denied_cidrs: some(&n.deny_out),
-        ..Default::default()
-    };
-    let ingress = SandboxNetworkIngressConfig {
-        traffic_access_token: if n.allow_public_traffic == Some(false) { Some(secret()?) } else { None },
-        mask_request_host: n.mask_request_host.filter(|m| !m.is_empty()),
-    };
-    if let Some(mask) = &ingress.mask_request_host
-        && (mask.len() > 255 || http::HeaderValue::from_str(mask).is_err() || mask.contains(['/', ' ', '@']))
-    {
-        return Err(ApiError::bad(format!("maskRequestHost '{}' is not a host name", shown(mask))));
-    }
-    Ok(Some(SandboxNetworkConfig { egress: Some(egress), ingress: Some(ingress) }))
-}
-
-/// What a client may see of it again.
-fn network_of(c: &SandboxConfig) -> Option<Network> {
-    let n = c.network.as_ref()?;
-    let list = |v: &[String]| (!v.is_empty()).then(|| v.to_vec());
-    let (egress, ingress) = (n.egress.clone().unwrap_or_default(), n.ingress.clone().unwrap_or_default());
-    Some(Network {
-        allow_public_traffic: Some(ingress.traffic_access_token.is_none()),
-        allow_out: list(&[egress.allowed_cidrs, egress.allowed_domains].concat()),
-        deny_out: list(&egress.denied_cidrs),
-        mask_request_host: ingress.mask_request_host,
-        ..Network::default()
-    })
-}
-
 type Shared = State<Arc<Api>>;
 
 pub async fn create_v1(
@@ -384,7 +339,7 @@ pub async fn detail(
     };
     Ok(Json(SandboxDetail {
         listed: listed(&known),
-        network: network_of(&c),
+        network: network::of_config(&c),
         envd_access_token: c.envd_access_token,
         allow_internet_access: c.allow_internet_access,
         domain: api.config.domain.clone(),
@@ -458,13 +413,5 @@ mod tests {
         assert_eq!(check("").unwrap_err().status, 400);
         let e = check(r#","autoPause":true,"autoResume":{"enabled":true}"#).unwrap_err();
         assert!(e.status == 400 && e.message.contains("autoResume"));
-    }
-
-    #[test]
-    fn masks_must_be_host_names() {
-        let mask =
-            |m: &str| network(Some(Network { mask_request_host: Some(m.into()), ..Default::default() }));
-        assert!(mask("localhost:${PORT}").is_ok());
-        assert_eq!(mask("http://x/").unwrap_err().status, 400);
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
-use axum::routing::{any, delete, get, post};
+use axum::routing::{any, delete, get, post, put};
 use http::StatusCode;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
-use crate::{Api, ApiError, checkpoint, expiry, garbage, pause, sandboxes, templates};
+use crate::{Api, ApiError, checkpoint, expiry, garbage, network, pause, sandboxes, templates};
 
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// A client's connection without a request for this long is closed. The SDKs keep theirs for up to
@@ -68,6 +68,7 @@ fn router(api: Arc<Api>) -> Router {
         .route("/v2/sandboxes/{id}/connect", post(pause::connect_v2))
         .route("/sandboxes/{id}/snapshots", post(checkpoint::snapshot))
         .route("/sandboxes/{id}/fork", post(checkpoint::fork))
+        .route("/sandboxes/{id}/network", put(network::update))
         .route("/snapshots", get(checkpoint::list))
         .route("/admin/garbage", get(garbage::collect).delete(garbage::collect))
         .route("/templates", get(templates::list))
@@ -84,7 +85,6 @@ fn router(api: Arc<Api>) -> Router {
         "/sandboxes/{id}/logs",
         "/v2/sandboxes/{id}/logs",
         "/sandboxes/{id}/metrics",
-        "/sandboxes/{id}/network",
         "/templates/{id}/files/{hash}",
         "/templates/{id}/tags",
         "/templates/tags",

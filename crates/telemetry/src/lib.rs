@@ -5,9 +5,11 @@
 //! ClickHouse behind the same trait later. Nothing here blocks its caller.
 
 pub mod events;
+pub mod guest_logs;
 pub mod logging;
 pub mod running;
 
 pub use events::{Event, EventKind, Fanout, LogSink, MemorySink, Sink};
+pub use guest_logs::{GuestLog, GuestLogSink, LogFanout, LogLevel, LogOrigin, MemoryLogs, TracingLogs};
 pub use logging::{Format, init};
 pub use running::RunningSink;
