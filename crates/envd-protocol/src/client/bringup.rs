@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::Utc;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use http::{HeaderValue, Method, Request, StatusCode, header};
@@ -46,15 +47,21 @@ impl EnvdClient {
     }
 
     /// Tells envd who the guest is. Waits for envd to come up: tries again as long as it is
-    /// refused or reset, until `limit` from now.
+    /// refused or reset, until `limit` from now. Where the request has a time, it is set anew when a
+    /// connection stands: the guest's clock is not to lag by the wait for its envd.
     ///
     /// # Errors
     /// [`EnvdError::Deadline`] when envd did not answer in time; [`EnvdError::Status`] when it
     /// refused (401: wrong token; 500: the clock or the entropy could not be set).
     pub async fn init(&self, request: &InitRequest, limit: Duration) -> Result<(), EnvdError> {
-        let body = serde_json::to_vec(request)
-            .map_err(|e| EnvdError::Request { what: "POST /init".into(), reason: e.to_string() })?;
-        self.until("POST /init", Method::POST, "/init", body.into(), Instant::now() + limit, limit).await
+        let mut request = request.clone();
+        let mut body = || {
+            request.timestamp = request.timestamp.map(|_| Utc::now());
+            let body = serde_json::to_vec(&request);
+            body.map(Bytes::from)
+                .map_err(|e| EnvdError::Request { what: "POST /init".into(), reason: e.to_string() })
+        };
+        self.until("POST /init", Method::POST, "/init", &mut body, Instant::now() + limit, limit).await
     }
 
     /// Waits until envd answers `GET /health`, at most `limit` from now.
@@ -62,7 +69,8 @@ impl EnvdClient {
     /// # Errors
     /// [`EnvdError::Deadline`] when it does not.
     pub async fn wait_ready(&self, limit: Duration) -> Result<(), EnvdError> {
-        self.until("GET /health", Method::GET, "/health", Bytes::new(), Instant::now() + limit, limit).await
+        let mut body = || Ok(Bytes::new());
+        self.until("GET /health", Method::GET, "/health", &mut body, Instant::now() + limit, limit).await
     }
 
     /// Asks once, and waits for an answer at most `limit`.
@@ -83,7 +91,7 @@ impl EnvdClient {
         what: &'static str,
         method: Method,
         path: &'static str,
-        body: Bytes,
+        body: &mut (dyn FnMut() -> Result<Bytes, EnvdError> + Send),
         deadline: Instant,
         limit: Duration,
     ) -> Result<(), EnvdError> {
@@ -92,7 +100,7 @@ impl EnvdClient {
         loop {
             let attempt = async {
                 let stream = self.connect_hedged().await.map_err(|e| self.refused(e))?;
-                self.call(stream, what, method.clone(), path, body.clone()).await
+                self.call(stream, what, method.clone(), path, body()?).await
             };
             match timeout_at(deadline, attempt).await {
                 Err(_) => return Err(self.late(what, limit, last)),
@@ -196,6 +204,31 @@ mod tests {
         assert!(seen.starts_with("POST /init HTTP/1.1\r\n"), "{seen}");
         assert!(seen.contains("x-access-token: old"), "{seen}");
         assert!(seen.ends_with(r#"{"accessToken":"new"}"#), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn the_time_is_that_of_the_attempt() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = EnvdClient::new(listener.local_addr().unwrap(), None);
+        let server = tokio::spawn(async move {
+            let mut times = Vec::new();
+            for answer in ["", "HTTP/1.1 204 No Content\r\n\r\n"] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut seen = vec![0; 4096];
+                let n = stream.read(&mut seen).await.unwrap();
+                let text = String::from_utf8(seen[..n].to_vec()).unwrap();
+                let sent: InitRequest =
+                    serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
+                times.push(sent.timestamp.unwrap());
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+            times
+        });
+        let long_ago = chrono::DateTime::UNIX_EPOCH;
+        let request = InitRequest { timestamp: Some(long_ago), ..InitRequest::default() };
+        client.init(&request, Duration::from_secs(20)).await.unwrap();
+        let times = server.await.unwrap();
+        assert!(long_ago < times[0] && times[0] < times[1], "{times:?}");
     }
 
     #[tokio::test]
