@@ -34,6 +34,9 @@ class Lines:
             # A test's name can hold anything; a line is one line.
             name = " ".join(report.nodeid.split()).replace(" ... ", " .. ")
             terminal.ensure_newline()
+            if outcome == "ok" and report.capstdout:
+                # What a test measured, where it says so.
+                terminal.write_line(textwrap.indent(report.capstdout.rstrip(), "    "))
             terminal.write_line(f"test {name} ... {outcome}", flush=True)
 
     @pytest.hookimpl(wrapper=True)
