@@ -1,5 +1,7 @@
 //! The service over real sockets.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;

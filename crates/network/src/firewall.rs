@@ -1,27 +1,89 @@
 //! nftables rules: one table in each namespace, one on the host. The program `nft` applies a
-//! whole ruleset at a time; it runs when slots are made ahead of need, not when they are used.
+//! whole ruleset at a time; it runs when slots are made ahead of need. What changes while they are used are
+//! the elements of sets, over netlink ([`crate::nfnl`]).
 
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use ipnet::Ipv4Net;
+
+use crate::egress::{DNS_PORT, HYPERLOOP_IP, HYPERLOOP_PORT, TCP_PORT, denied_ranges};
 use crate::slot::{Addresses, NetworkConfig};
 use crate::{GUEST_IP, GUEST_MAC, NetworkError, TAP_NAME};
 
-/// What a guest never reaches: "this network", private, shared, loopback, link-local, protocol
-/// assignments, benchmarking, multicast and reserved ranges (IANA's special-purpose registry,
-/// RFC 6890). Documentation ranges are not in it: they harm nobody.
-const DENIED: &str = "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, \
-192.0.0.0/24, 192.168.0.0/16, 198.18.0.0/15, 224.0.0.0/4, 240.0.0.0/4";
+/// Name of the table in each namespace.
+pub const SLOT_TABLE: &str = "nidus";
 
-/// Rules inside a slot's namespace.
-pub fn slot_rules(a: &Addresses) -> String {
+/// The sets of a slot's table, by which its policy is set while it is in use ([`crate::nfnl`]).
+pub mod sets {
+    /// Passed first.
+    pub const ALLOWED: &str = "allowed";
+    /// Then refused.
+    pub const DENIED: &str = "denied";
+    /// Where connections that stand go on.
+    pub const KEPT: &str = "kept";
+    /// All TCP to these is redirected.
+    pub const TCP_ALL: &str = "tcp_all";
+    /// TCP to these that are not allowed is redirected.
+    pub const TCP_UNLISTED: &str = "tcp_unlisted";
+    /// TCP to ports 80 and 443 of these is redirected.
+    pub const TCP_WEB: &str = "tcp_web";
+    /// DNS to these that are not allowed is redirected.
+    pub const DNS: &str = "dns";
+    /// All of them.
+    pub const ALL: &[&str] = &[ALLOWED, DENIED, KEPT, TCP_ALL, TCP_UNLISTED, TCP_WEB, DNS];
+}
+
+/// A range list as nft reads it.
+fn list(ranges: &[Ipv4Net]) -> String {
+    ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// `ip daddr` lies where no guest may go.
+fn forbidden(opened: &[Ipv4Net]) -> String {
+    let denied = list(&denied_ranges());
+    match opened {
+        [] => format!("ip daddr {{ {denied} }}"),
+        opened => format!(
+            "ip daddr {{ {denied} }} ip daddr != {{ {} }}",
+            list(&Ipv4Net::aggregate(&opened.to_vec()))
+        ),
+    }
+}
+
+/// Rules inside a slot's namespace. Every packet of the guest is looked at, also of connections that
+/// stand: so a changed set is a changed policy.
+pub fn slot_rules(a: &Addresses, c: &NetworkConfig) -> String {
     let (host_ip, guest, tap, mac) = (a.host_ip, GUEST_IP, TAP_NAME, GUEST_MAC.to_lowercase());
+    let sets: String = sets::ALL
+        .iter()
+        .map(|name| format!("  set {name} {{ type ipv4_addr; flags interval; }}\n"))
+        .collect();
+    let forbidden = forbidden(&c.allowed_private);
+    let (up, down) = match c.max_bandwidth {
+        // A tenth of a second's worth may come at once.
+        Some(rate) => {
+            let limit =
+                format!("limit rate over {rate} bytes/second burst {} bytes drop", (rate / 10).max(64 << 10));
+            (format!("iifname {tap} {limit}"), format!("oifname {tap} {limit}"))
+        }
+        None => Default::default(),
+    };
+    let connections = c
+        .max_connections
+        .map(|n| format!("iifname {tap} ct state new ct count over {n} drop"))
+        .unwrap_or_default();
     format!(
-        "table inet nidus {{
-  chain internet {{ accept; }}
-  chain prerouting {{
+        "table inet {SLOT_TABLE} {{
+{sets}  chain nat {{
     type nat hook prerouting priority dstnat; policy accept;
     iifname eth0 ip daddr {host_ip} dnat ip to {guest}
+    iifname {tap} ip daddr {HYPERLOOP_IP} tcp dport 80 redirect to :{HYPERLOOP_PORT}
+    iifname {tap} {forbidden} accept
+    iifname {tap} meta l4proto {{ tcp, udp }} th dport 53 ip daddr @dns ip daddr != @allowed redirect to :{DNS_PORT}
+    iifname {tap} meta l4proto tcp ip daddr @tcp_all redirect to :{TCP_PORT}
+    iifname {tap} tcp dport {{ 80, 443 }} ip daddr @tcp_web redirect to :{TCP_PORT}
+    iifname {tap} meta l4proto tcp ip daddr @tcp_unlisted ip daddr != @allowed redirect to :{TCP_PORT}
   }}
   chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;
@@ -30,37 +92,60 @@ pub fn slot_rules(a: &Addresses) -> String {
   chain spoof {{
     type filter hook prerouting priority raw; policy accept;
     iifname {tap} ether saddr != {mac} drop
+    iifname {tap} meta nfproto != ipv4 drop
     iifname {tap} ip saddr != {guest} drop
-    iifname {tap} meta nfproto ipv6 drop
+    {up}
+  }}
+  chain connections {{
+    type filter hook prerouting priority mangle; policy accept;
+    {connections}
+  }}
+  chain shape {{
+    type filter hook postrouting priority mangle; policy accept;
+    {down}
   }}
   chain input {{
     type filter hook input priority filter; policy drop;
+    iifname {tap} ct status dnat tcp dport {{ {TCP_PORT}, {DNS_PORT}, {HYPERLOOP_PORT} }} accept
+    iifname {tap} ct status dnat udp dport {DNS_PORT} accept
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
     ct state invalid drop
     iifname eth0 oifname {tap} ct status dnat accept
-    iifname eth0 oifname {tap} ct direction reply ct state established,related accept
+    iifname eth0 oifname {tap} ct direction reply ct state related accept
+    iifname eth0 oifname {tap} ct direction reply ct state established jump replies
     iifname {tap} oifname eth0 ct direction reply ct state established,related accept
-    iifname {tap} oifname eth0 ip daddr {{ {DENIED} }} drop
-    iifname {tap} oifname eth0 meta nfproto ipv4 jump internet
+    iifname {tap} oifname eth0 {forbidden} drop
+    iifname {tap} oifname eth0 meta nfproto ipv4 jump egress
+  }}
+  chain egress {{
+    ip daddr @allowed accept
+    ct state established ip daddr @kept accept
+    ip daddr @denied goto refuse
+    accept
+  }}
+  chain replies {{
+    ip saddr @allowed accept
+    ip saddr @kept accept
+    ip saddr @denied drop
+    accept
+  }}
+  chain refuse {{
+    meta l4proto tcp reject with tcp reset
+    meta l4proto udp reject with icmp admin-prohibited
+    drop
   }}
 }}
 "
     )
 }
 
-/// Replaces the internet policy of a slot. Connections that stand are cut by it too, since
-/// only their replies pass without it.
-pub fn internet_rules(allow: bool) -> String {
-    let verdict = if allow { "accept" } else { "drop" };
-    format!("flush chain inet nidus internet\nadd rule inet nidus internet {verdict}\n")
-}
-
 /// Rules on the host, for all slots of a daemon.
 pub fn host_rules(c: &NetworkConfig) -> String {
     let (table, veth) = (&c.table, format!("\"{}*\"", c.veth_prefix));
     let (host_range, pair_range) = (c.host_range, c.pair_range);
+    let forbidden = forbidden(&c.allowed_private);
     format!(
         "table inet {table}
 delete table inet {table}
@@ -73,7 +158,7 @@ table inet {table} {{
   chain forward {{
     type filter hook forward priority filter - 5; policy accept;
     iifname {veth} ct direction reply ct state established,related accept
-    iifname {veth} ip daddr {{ {DENIED} }} drop
+    iifname {veth} {forbidden} drop
     iifname {veth} oifname {veth} drop
     iifname {veth} meta nfproto ipv6 drop
     oifname {veth} ct direction reply ct state established,related accept

@@ -14,17 +14,22 @@
 //! sandbox, or a private or link-local address. A slot is used once and then destroyed with its
 //! namespace: with it goes everything that a tenant could leave (connection tracking, neighbours).
 
+mod egress;
 mod error;
 mod firewall;
 mod link;
 mod namespace;
 mod netns_dir;
+mod nfnl;
 mod pool;
 mod probe;
 mod reclaim;
 mod slot;
 mod tap;
 
+pub use egress::{
+    EgressRules, GatewaySockets, HYPERLOOP_IP, TcpRedirect, denied_ranges, is_denied, original_destination,
+};
 pub use error::NetworkError;
 pub use pool::{Pool, PoolStats};
 pub use probe::{Check, probe};

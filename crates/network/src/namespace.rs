@@ -91,11 +91,6 @@ impl Namespace {
         self.name.0.as_deref().unwrap_or(Path::new("/proc/self/ns/net"))
     }
 
-    /// Another owner of the same.
-    pub fn share(&self) -> Result<Self, NetworkError> {
-        Ok(self.clone())
-    }
-
     /// An open file of it.
     pub fn open(&self) -> Result<OwnedFd, NetworkError> {
         self.file.try_clone().map_err(|e| NetworkError::io("duplicate a namespace's file", e))

@@ -3,8 +3,14 @@
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use ipnet::Ipv4Net;
+use parking_lot::Mutex;
+
+use crate::egress::{EgressRules, GatewaySockets, TcpRedirect};
 use crate::namespace::Namespace;
+use crate::nfnl::{Netfilter, SetContent};
 use crate::{NetworkError, firewall, link, tap};
 
 /// Names and ranges of a daemon's slots.
@@ -26,6 +32,12 @@ pub struct NetworkConfig {
     pub max_slots: u32,
     /// How a VMM gets its tap.
     pub tap: TapMode,
+    /// Private ranges that guests may reach like public ones.
+    pub allowed_private: Vec<Ipv4Net>,
+    /// Bytes a second that a guest may send, and as many that it may receive; more are dropped.
+    pub max_bandwidth: Option<u64>,
+    /// Connections that a guest may have open at once; more are dropped.
+    pub max_connections: Option<u32>,
 }
 
 /// How a VMM gets its tap.
@@ -51,6 +63,9 @@ impl Default for NetworkConfig {
             first_index: 1,
             max_slots: 4096,
             tap: TapMode::Open,
+            allowed_private: Vec::new(),
+            max_bandwidth: None,
+            max_connections: None,
         }
     }
 }
@@ -124,7 +139,10 @@ pub struct NetworkSlot {
     namespace: Namespace,
     /// Nothing when the tap is opened by name.
     tap: Option<OwnedFd>,
-    internet: std::sync::atomic::AtomicBool,
+    sockets: GatewaySockets,
+    netfilter: Arc<Mutex<Netfilter>>,
+    /// What is in force.
+    egress: Mutex<EgressRules>,
 }
 
 impl NetworkSlot {
@@ -132,11 +150,11 @@ impl NetworkSlot {
     pub(crate) fn create(config: &NetworkConfig, index: u32) -> Result<Self, NetworkError> {
         let addresses = config.addresses(index);
         let namespace = Namespace::create(&addresses.namespace)?;
-        let ruleset = firewall::slot_rules(&addresses);
+        let ruleset = firewall::slot_rules(&addresses, config);
         let host = Namespace::current()?;
-        let tap = namespace.run({
+        let (tap, sockets, netfilter) = namespace.run({
             let (a, mode) = (addresses.clone(), config.tap);
-            move || -> Result<Option<OwnedFd>, NetworkError> {
+            move || {
                 set_sysctls()?;
                 let tap = match mode {
                     TapMode::Open => Some(tap::create(crate::TAP_NAME)?),
@@ -147,11 +165,12 @@ impl NetworkSlot {
                 };
                 link::configure_inside(&a, &host)?;
                 firewall::apply(&a.namespace, &ruleset)?;
-                Ok(tap)
+                Ok::<_, NetworkError>((tap, GatewaySockets::open()?, Netfilter::open()?))
             }
         })??;
         link::configure_host(&addresses)?;
-        Ok(Self { addresses, namespace, tap, internet: true.into() })
+        let netfilter = Arc::new(Mutex::new(netfilter));
+        Ok(Self { addresses, namespace, tap, sockets, netfilter, egress: Mutex::default() })
     }
 
     /// Its index.
@@ -195,20 +214,49 @@ impl NetworkSlot {
         crate::TAP_NAME
     }
 
-    /// Allows or forbids new connections to the internet. A new slot allows them.
-    pub async fn set_internet(&self, allow: bool) -> Result<(), NetworkError> {
-        use std::sync::atomic::Ordering::Relaxed;
-        if self.internet.load(Relaxed) == allow {
+    /// The sockets of its gateway, once more.
+    pub fn gateway_sockets(&self) -> Result<GatewaySockets, NetworkError> {
+        self.sockets.try_clone()
+    }
+
+    /// Replaces what its guest may reach, in one transaction; a new slot is open. What a standing connection
+    /// may no longer reach is cut, the others do not notice.
+    ///
+    /// # Errors
+    /// When the kernel refuses it; what was in force before stays so then.
+    pub async fn set_egress(&self, rules: &EgressRules) -> Result<(), NetworkError> {
+        if *self.egress.lock() == *rules {
             return Ok(());
         }
-        let rules = firewall::internet_rules(allow);
-        let (namespace, name) = (self.namespace.share()?, self.addresses.namespace.clone());
-        tokio::task::spawn_blocking(move || namespace.run(move || firewall::apply(&name, &rules)))
+        let (netfilter, wanted) = (self.netfilter.clone(), rules.clone());
+        tokio::task::spawn_blocking(move || replace(&netfilter.lock(), &wanted))
             .await
-            .map_err(|e| NetworkError::io("change a slot's rules", std::io::Error::other(e)))???;
-        self.internet.store(allow, Relaxed);
+            .map_err(|e| NetworkError::io("change a slot's rules", std::io::Error::other(e)))??;
+        *self.egress.lock() = rules.clone();
         Ok(())
     }
+}
+
+fn replace(netfilter: &Netfilter, rules: &EgressRules) -> Result<(), NetworkError> {
+    use crate::firewall::sets;
+    let everything = [Ipv4Net::default()];
+    let if_so = |on: bool| if on { &everything[..] } else { &[] };
+    let (unlisted, web) = match rules.redirect {
+        TcpRedirect::None | TcpRedirect::All => (false, false),
+        TcpRedirect::Web => (false, true),
+        TcpRedirect::Unlisted => (true, false),
+        TcpRedirect::UnlistedAndWeb => (true, true),
+    };
+    let content = [
+        (sets::ALLOWED, &rules.allowed[..]),
+        (sets::DENIED, &rules.denied),
+        (sets::KEPT, &rules.kept),
+        (sets::TCP_ALL, if_so(rules.redirect == TcpRedirect::All)),
+        (sets::TCP_UNLISTED, if_so(unlisted)),
+        (sets::TCP_WEB, if_so(web)),
+        (sets::DNS, if_so(rules.dns)),
+    ];
+    netfilter.replace(firewall::SLOT_TABLE, &content.map(|(set, ranges)| SetContent { set, ranges }))
 }
 
 /// The namespace forwards between its two interfaces, answers for nothing else and has no IPv6.
@@ -220,6 +268,8 @@ fn set_sysctls() -> Result<(), NetworkError> {
         ("net/ipv4/conf/all/accept_redirects", "0"),
         ("net/ipv4/conf/all/send_redirects", "0"),
         ("net/ipv4/conf/default/send_redirects", "0"),
+        ("net/ipv4/conf/all/arp_ignore", "1"),
+        ("net/ipv4/conf/default/arp_ignore", "1"),
         ("net/ipv4/icmp_echo_ignore_all", "1"),
         ("net/ipv6/conf/all/disable_ipv6", "1"),
         ("net/ipv6/conf/default/disable_ipv6", "1"),

@@ -5,7 +5,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use nidus_network::{NetworkConfig, Pool, reclaim};
+use nidus_network::{EgressRules, NetworkConfig, Pool, reclaim};
 
 fn config(first_index: u32, table: &str) -> NetworkConfig {
     NetworkConfig { first_index, max_slots: 40, table: table.into(), ..NetworkConfig::default() }
@@ -25,8 +25,9 @@ async fn slots_come_and_go_without_a_trace() {
         let slot = pool.acquire().await.unwrap();
         assert!(slot.netns_path().exists());
         assert!(out("ip", &["link", "show", &slot.addresses().veth]).contains("UP"));
-        slot.set_internet(false).await.unwrap();
-        slot.set_internet(true).await.unwrap();
+        let closed = EgressRules { denied: vec![Default::default()], ..EgressRules::default() };
+        slot.set_egress(&closed).await.unwrap();
+        slot.set_egress(&EgressRules::default()).await.unwrap();
         pool.release(slot).await;
     }
     pool.shutdown().await;

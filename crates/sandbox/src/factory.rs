@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cached::Cached;
 use crate::compaction::Compactor;
 use crate::lineage::{Lineages, Use};
-use crate::machine::{Machine, Parts};
+use crate::machine::{Machine, Parts, egress_rules};
 use crate::opened::Opened;
 use crate::saving::COPY_LIMIT_MB;
 use crate::served::MemoryError;
@@ -489,7 +489,7 @@ impl Sandbox {
         let limit = if self.was_booted() {
             READY_LIMIT
         } else {
-            self.machine.slot().set_internet(self.spec.allow_internet).await?;
+            self.machine.slot().set_egress(&egress_rules(self.spec.allow_internet)).await?;
             self.machine.resume().await?;
             self.inner.config.envd_limit
         };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nidus_block::{BlockError, Frozen, Overlay};
-use nidus_network::{NetworkSlot, Pool};
+use nidus_network::{EgressRules, NetworkSlot, Pool};
 use nidus_storage::BuildId;
 use nidus_template::{DiskError, RootDisk, VmHost};
 use nidus_vmm::{Boot, Disk, Memory, MemoryDoor, Vm, VmConfig, VmmError};
@@ -79,7 +79,7 @@ impl Machine {
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>, RootDisk, Arc<Overlay>), CreateError> {
         if let Some((_, allow_internet)) = boot {
             // Its programs start before anybody asks for anything.
-            slot.set_internet(allow_internet).await?;
+            slot.set_egress(&egress_rules(allow_internet)).await?;
         }
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
         let name = format!("{}-{}", slot.index(), BuildId::random());
@@ -316,4 +316,10 @@ async fn not_loaded(
         Some(e) => caused(e, cause),
         None => CreateError::Ended(cause.unwrap_or_else(|| "its memory could not be served".to_owned())),
     }
+}
+
+/// What the kernel lets a guest reach that may reach the internet, or nothing.
+pub(crate) fn egress_rules(allow_internet: bool) -> EgressRules {
+    let denied = if allow_internet { Vec::new() } else { vec![ipnet::Ipv4Net::default()] };
+    EgressRules { denied, ..EgressRules::default() }
 }

@@ -217,8 +217,7 @@ mod tests {
                 let mut seen = vec![0; 4096];
                 let n = stream.read(&mut seen).await.unwrap();
                 let text = String::from_utf8(seen[..n].to_vec()).unwrap();
-                let sent: InitRequest =
-                    serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
+                let sent: InitRequest = serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
                 times.push(sent.timestamp.unwrap());
                 stream.write_all(answer.as_bytes()).await.unwrap();
             }
