@@ -1,12 +1,14 @@
 //! One configuration: defaults, then a file, then the environment.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use figment::Figment;
 use figment::providers::{Env, Format as _, Serialized, Toml};
+use ipnet::Ipv4Net;
+use nidus_egress::GatewayConfig;
 use nidus_telemetry::Format;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -21,6 +23,11 @@ const ALIASES: &[(&str, &str)] = &[
     ("HOST_ENVD_PATH", "envd"),
     ("FIRECRACKER_VERSIONS_DIR", "firecracker"),
 ];
+
+const DNS_PORT: u16 = 53;
+/// Connections and questions of one sandbox that the gateway carries at once.
+const MAX_FLOWS: usize = 1024;
+const MAX_QUESTIONS: usize = 64;
 
 /// Everything that can be set. Each field is `NIDUS_` and its name in capitals in the environment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -98,6 +105,22 @@ pub struct Config {
     pub host_range: Ipv4Addr,
     /// Base of the /16 with an address pair for each slot.
     pub pair_range: Ipv4Addr,
+    /// Resolvers for sandboxes whose policy has something to say about names and names no resolver itself;
+    /// this host's (`/etc/resolv.conf`) when not set. In the environment with commas between.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "names")]
+    pub dns: Option<Vec<String>>,
+    /// PEM certificates that are trusted beside the system's where headers are set in sandboxes' requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress_roots: Option<PathBuf>,
+    /// Private ranges that sandboxes may reach like public ones. In the environment with commas between.
+    #[serde(deserialize_with = "ranges")]
+    pub allowed_private: Vec<Ipv4Net>,
+    /// Bytes a second that a sandbox may send, and as many that it may receive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox_bandwidth: Option<u64>,
+    /// Connections that a sandbox may have open at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox_connections: Option<u32>,
     /// VMMs run as the user ids from here on.
     pub uid_base: u32,
     /// What is logged, as `info,nidus_proxy=debug`.
@@ -169,6 +192,11 @@ impl Default for Config {
             slots: 4,
             host_range: Ipv4Addr::new(10, 11, 0, 0),
             pair_range: Ipv4Addr::new(10, 12, 0, 0),
+            dns: None,
+            egress_roots: None,
+            allowed_private: Vec::new(),
+            sandbox_bandwidth: None,
+            sandbox_connections: None,
             uid_base: 1_879_000_000,
             log: "info,sqlx=warn,h2=warn,hyper=warn".into(),
             log_format: Format::Text,
@@ -214,6 +242,10 @@ impl Config {
             envd: Some(PathBuf::new()),
             guest_init: Some(PathBuf::new()),
             pinned_templates: Some(Vec::new()),
+            dns: Some(Vec::new()),
+            egress_roots: Some(PathBuf::new()),
+            sandbox_bandwidth: Some(0),
+            sandbox_connections: Some(0),
             local_images: [(String::new(), PathBuf::new())].into(),
             ..Self::default()
         }) {
@@ -232,6 +264,13 @@ impl Config {
         if self.max_sandboxes == 0 || self.max_sandboxes > 4000 {
             bail!("max_sandboxes {} is not between 1 and 4000", self.max_sandboxes);
         }
+        if self.sandbox_bandwidth.is_some_and(|b| b < 1024) {
+            bail!("sandbox_bandwidth is below 1024 bytes a second: nothing would work");
+        }
+        if self.sandbox_connections == Some(0) {
+            bail!("sandbox_connections is 0: nothing would work");
+        }
+        self.resolvers()?;
         if self.template_ttl_s == 0 {
             bail!("template_ttl_s is 0: templates are closed after one second at the earliest");
         }
@@ -241,6 +280,35 @@ impl Config {
             }
         }
         Ok(self)
+    }
+
+    /// The resolvers for sandboxes.
+    fn resolvers(&self) -> anyhow::Result<Vec<SocketAddr>> {
+        let Some(named) = &self.dns else { return Ok(resolvers_of(&self.host_resolvers())) };
+        let parse = |server: &String| {
+            let whole = server.parse::<SocketAddr>();
+            let alone = || server.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, DNS_PORT));
+            whole.or_else(|_| alone()).map_err(|_| anyhow!("dns: '{server}' is not IP or IP:PORT"))
+        };
+        named.iter().map(parse).collect()
+    }
+
+    fn host_resolvers(&self) -> String {
+        std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()
+    }
+
+    /// How the egress gateway works.
+    pub fn gateway(&self) -> anyhow::Result<GatewayConfig> {
+        let range = |base: Ipv4Addr| Ipv4Net::new_assert(base, 16).trunc();
+        Ok(GatewayConfig {
+            dns: self.resolvers()?,
+            extra_roots: self.egress_roots.clone(),
+            allowed_private: self.allowed_private.clone(),
+            never: vec![range(self.host_range), range(self.pair_range)],
+            ca_folder: self.data_dir.clone(),
+            max_connections: self.sandbox_connections.map_or(MAX_FLOWS, |n| n as usize),
+            max_questions: MAX_QUESTIONS,
+        })
     }
 
     /// The templates that stay open for good.
@@ -267,6 +335,30 @@ impl Config {
                 anyhow!("{name} was not found beside {}. Run make build, or set {variable}", own.display())
             })
     }
+}
+
+/// Those that a resolv.conf(5) names; public ones where it names none.
+fn resolvers_of(text: &str) -> Vec<SocketAddr> {
+    let named = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver"));
+    let mut found: Vec<_> = named
+        .filter_map(|rest| rest.trim().parse::<IpAddr>().ok())
+        .map(|ip| SocketAddr::new(ip, DNS_PORT))
+        .collect();
+    if found.is_empty() {
+        found = [[8, 8, 8, 8], [8, 8, 4, 4]].map(|ip| SocketAddr::from((ip, DNS_PORT))).to_vec();
+    }
+    found
+}
+
+/// A list, or the environment's `RANGE,RANGE`.
+fn ranges<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Ipv4Net>, D::Error> {
+    let texts = names(from)?.unwrap_or_default();
+    let parse = |text: &String| {
+        text.parse::<Ipv4Net>()
+            .map(|net| net.trunc())
+            .map_err(|_| serde::de::Error::custom(format!("'{text}' is not an IPv4 range as 10.1.0.0/16")))
+    };
+    texts.iter().map(parse).collect()
 }
 
 /// A list, or the environment's `NAME,NAME`.

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use nidus_api::{Api, ApiConfig, Nodes, Store, TemplateSpec, VMM_LABEL};
+use nidus_egress::Gateway;
 use nidus_network::{NetworkConfig, Pool, TapMode};
-use nidus_orchestrator::{Node, NodeConfig};
+use nidus_orchestrator::{NetworkParts, Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, ProxyConfig};
 use nidus_sandbox::{Factory, FactoryConfig};
 use nidus_storage::BuildId;
-use nidus_telemetry::{Fanout, LogSink, RunningSink, Sink};
+use nidus_telemetry::{Fanout, LogSink, RunningSink, Sink, TracingLogs};
 use nidus_template::{BuildConfig, Builder, VmHost};
 use nidus_vmm::DriverId;
 use nidus_vmm::cgroup::CgroupRoot;
@@ -136,6 +137,9 @@ impl Parts {
             host_range: config.host_range,
             pair_range: config.pair_range,
             tap,
+            allowed_private: config.allowed_private.clone(),
+            max_bandwidth: config.sandbox_bandwidth,
+            max_connections: config.sandbox_connections,
             ..NetworkConfig::default()
         };
         // What nobody holds was left by a daemon that was killed: disks first, then VMs, then networks.
@@ -161,6 +165,7 @@ impl Parts {
         for event in &lost {
             events.emit(event);
         }
+        let gateway = Gateway::new(config.gateway()?)?;
         let stored = NodeBuilds::open(config).await?;
         let store = stored.builds.clone();
         let build = BuildConfig {
@@ -201,7 +206,7 @@ impl Parts {
             let host = VmHost::open(vmm.clone(), network.clone(), config.uid_base, INSTANCE).await?;
             let host = Arc::new(host);
             let builder = Arc::new(Builder::new(build, store.clone(), host.clone()));
-            let factory = Factory::start(factory, store, host.clone(), builder.clone())?;
+            let factory = Factory::start(factory, store, host.clone(), builder.clone(), gateway.clone())?;
             Ok::<_, anyhow::Error>((host, builder, factory))
         };
         let (host, builder, factory) = match started.await {
@@ -225,7 +230,14 @@ impl Parts {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_dir: dir.clone(),
         };
-        let node = Node::new(node, factory.clone(), builder, catalog.clone(), Arc::new(events));
+        let node = Node::new(
+            node,
+            factory.clone(),
+            builder,
+            catalog.clone(),
+            Arc::new(events),
+            NetworkParts { gateway, logs: Arc::new(TracingLogs) },
+        );
         Ok(Self {
             _run: run,
             _range: range,

@@ -9,6 +9,7 @@ mod builds;
 mod chunk_service;
 #[cfg(test)]
 mod chunk_service_tests;
+mod egress;
 mod garbage;
 mod info;
 mod node;
@@ -18,6 +19,7 @@ mod save;
 mod server;
 mod template_service;
 
+pub use egress::NetworkParts;
 pub use garbage::collect;
 pub use node::{Node, NodeConfig};
 pub use server::serve;

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering:
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use nidus_proto::node::{SandboxConfig, ServiceInfoStatus};
+use nidus_egress::Policy;
+use nidus_proto::node::{SandboxConfig, SandboxNetworkEgressConfig, ServiceInfoStatus};
 use nidus_proxy::InProcessCatalog;
-use nidus_sandbox::{Factory, SaveError, SaveSpec, Saved};
+use nidus_sandbox::{Factory, SaveError, SaveSpec, Saved, UpdateError};
 use nidus_telemetry::Sink;
 use nidus_template::Builder;
 use parking_lot::Mutex;
@@ -18,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::builds::Builds;
+use crate::egress::NetworkParts;
 use crate::info::CpuMeter;
 
 /// Settings of a node.
@@ -53,6 +55,7 @@ pub struct Node {
     pub(crate) builds: Builds,
     pub(crate) catalog: InProcessCatalog,
     pub(crate) events: Arc<dyn Sink>,
+    pub(crate) network: NetworkParts,
     pub(crate) sandboxes: Mutex<HashMap<String, Arc<Entry>>>,
     pub(crate) starting: Semaphore,
     pub(crate) starting_count: AtomicUsize,
@@ -100,6 +103,15 @@ pub(crate) struct SaveRequest {
     pub done: oneshot::Sender<Result<Saved, SaveError>>,
 }
 
+/// A change of a sandbox's network, from the service to its owner.
+pub(crate) struct EgressRequest {
+    pub policy: Policy,
+    /// What it was made of, to be shown.
+    pub config: Box<SandboxNetworkEgressConfig>,
+    /// Dropped without an answer when the sandbox ended before.
+    pub done: oneshot::Sender<Result<(), UpdateError>>,
+}
+
 /// A sandbox in the node's map: what others may know of it and ask of it.
 pub(crate) struct Entry {
     pub config: SandboxConfig,
@@ -113,6 +125,10 @@ pub(crate) struct Entry {
     pub state: Mutex<State>,
     /// Takes one pause or checkpoint to its owner.
     pub saves: mpsc::Sender<SaveRequest>,
+    /// Takes one change of its network to its owner.
+    pub updates: mpsc::Sender<EgressRequest>,
+    /// What replaced the egress part of its configuration.
+    pub egress: Mutex<Option<SandboxNetworkEgressConfig>>,
     /// Set by its owner when everything of it is released.
     pub released: watch::Sender<bool>,
 }
@@ -123,6 +139,17 @@ impl Entry {
         let mut released = self.released.subscribe();
         // The sender lives as long as `self`, so this cannot fail.
         let _ = released.wait_for(|r| *r).await;
+    }
+
+    /// Its configuration as it is now.
+    pub fn current_config(&self) -> SandboxConfig {
+        let mut config = self.config.clone();
+        if let Some(egress) = self.egress.lock().clone() {
+            config.network.get_or_insert_default().egress = Some(egress);
+            // What it said is in there.
+            config.allow_internet_access = None;
+        }
+        config
     }
 
     /// Whether it is to be listed.
@@ -161,6 +188,7 @@ impl Node {
         builder: Arc<Builder>,
         catalog: InProcessCatalog,
         events: Arc<dyn Sink>,
+        network: NetworkParts,
     ) -> Arc<Self> {
         Arc::new(Self {
             starting: Semaphore::new(config.max_starting.max(1)),
@@ -170,6 +198,7 @@ impl Node {
             factory,
             catalog,
             events,
+            network,
             sandboxes: Default::default(),
             service_id: Uuid::new_v4(),
             started_at: Utc::now(),

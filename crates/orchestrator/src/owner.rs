@@ -11,13 +11,19 @@ use nidus_telemetry::{Event, EventKind};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::node::{Entry, Node, SaveRequest, State, Then};
+use crate::node::{EgressRequest, Entry, Node, SaveRequest, State, Then};
 
 /// The wall clock may be set: a far end time is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 /// How long a sandbox that is to be paused at its end outlives it when nobody does.
 const PAUSE_GRACE: TimeDelta = TimeDelta::minutes(5);
+
+/// What a sandbox's owner is asked while it runs.
+pub(crate) struct Asked {
+    pub saves: mpsc::Receiver<SaveRequest>,
+    pub updates: mpsc::Receiver<EgressRequest>,
+}
 
 /// Why a start failed.
 pub(crate) enum StartError {
@@ -31,7 +37,7 @@ pub(crate) async fn own(
     node: Arc<Node>,
     entry: Arc<Entry>,
     spec: SandboxSpec,
-    mut saves: mpsc::Receiver<SaveRequest>,
+    mut asked: Asked,
     started: oneshot::Sender<Result<bool, StartError>>,
 ) {
     let id = spec.sandbox_id.clone();
@@ -43,7 +49,7 @@ pub(crate) async fn own(
             emit(&node, &entry, kind, None);
             let _ = started.send(Ok(sandbox.was_booted()));
             let (kind, reason, paused) = loop {
-                let end = until_end(&entry, &sandbox, &mut saves).await;
+                let end = until_end(&entry, &sandbox, &mut asked).await;
                 let close = |state, gone: &CancellationToken| {
                     // From here on it is neither listed nor routed to.
                     *entry.state.lock() = state;
@@ -56,6 +62,15 @@ pub(crate) async fn own(
                         break (EventKind::Killed, Some(reason), None);
                     }
                     End::Save(request) => request,
+                    End::Update(EgressRequest { policy, config, done }) => {
+                        let result = sandbox.update_egress(policy).await;
+                        if result.is_ok() {
+                            *entry.egress.lock() = Some(*config);
+                            emit(&node, &entry, EventKind::Updated, None);
+                        }
+                        let _ = done.send(result);
+                        continue;
+                    }
                 };
                 let result = match then {
                     Then::End => {
@@ -162,10 +177,12 @@ enum End {
     Over(String),
     /// It is to be stored, and ends or runs on.
     Save(SaveRequest),
+    /// Its network is to be another.
+    Update(EgressRequest),
 }
 
 /// Waits for the first reason to end or to store it, and says which.
-async fn until_end(entry: &Entry, sandbox: &Sandbox, saves: &mut mpsc::Receiver<SaveRequest>) -> End {
+async fn until_end(entry: &Entry, sandbox: &Sandbox, asked: &mut Asked) -> End {
     let mut end = entry.end.subscribe();
     let failed = sandbox.failed();
     tokio::pin!(failed);
@@ -182,7 +199,8 @@ async fn until_end(entry: &Entry, sandbox: &Sandbox, saves: &mut mpsc::Receiver<
                 return End::Over(entry.reason.lock().clone().unwrap_or_else(|| "killed".to_owned()));
             }
             reason = &mut failed => return End::Over(reason),
-            Some(request) = saves.recv() => return End::Save(request),
+            Some(request) = asked.updates.recv() => return End::Update(request),
+            Some(request) = asked.saves.recv() => return End::Save(request),
             _ = end.changed() => {}
             () = tokio::time::sleep(left.min(LOOK_AGAIN)) => {}
         }

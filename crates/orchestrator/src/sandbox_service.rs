@@ -15,8 +15,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::Node;
-use crate::node::{Entry, SaveRequest, State, Then};
-use crate::owner::{StartError, emit, own};
+use crate::node::{EgressRequest, Entry, SaveRequest, State, Then};
+use crate::owner::{Asked, StartError, emit, own};
 use crate::save;
 
 const ID_LIMIT: usize = 64;
@@ -38,30 +38,6 @@ pub(crate) fn to_time(t: &Timestamp) -> Option<DateTime<Utc>> {
 
 pub(crate) fn from_time(t: DateTime<Utc>) -> Timestamp {
     Timestamp { seconds: t.timestamp(), nanos: t.timestamp_subsec_nanos().cast_signed() }
-}
-
-/// Whether new connections to the internet are allowed. Rules by address or domain are refused
-/// as long as they are not enforced: a rule that is ignored is worse than none.
-fn internet(config: &SandboxConfig) -> Result<bool, Status> {
-    let mut allow = config.allow_internet_access.unwrap_or(true);
-    if let Some(egress) = config.network.as_ref().and_then(|n| n.egress.as_ref()) {
-        allow &= !denies_all(egress)?;
-    }
-    Ok(allow)
-}
-
-fn denies_all(egress: &SandboxNetworkEgressConfig) -> Result<bool, Status> {
-    let only_all = egress.denied_cidrs.iter().all(|c| c == "0.0.0.0/0");
-    let plain = egress.allowed_cidrs.is_empty()
-        && egress.allowed_domains.is_empty()
-        && egress.rules.is_empty()
-        && egress.egress_proxy_address.is_empty();
-    if !plain || !only_all {
-        return Err(Status::unimplemented(
-            "egress rules by address, domain or proxy are not supported yet: allow or deny the whole internet",
-        ));
-    }
-    Ok(!egress.denied_cidrs.is_empty())
 }
 
 fn check(config: &SandboxConfig) -> Result<BuildId, Status> {
@@ -111,6 +87,20 @@ impl Sandboxes {
         }
     }
 
+    /// Has its owner put another egress policy in force.
+    async fn update_egress(&self, entry: &Entry, config: SandboxNetworkEgressConfig) -> Result<(), Status> {
+        let id = &entry.config.sandbox_id;
+        let policy = self.0.network.policy(Some(&config), true).await.map_err(|e| bad(e.to_string()))?;
+        let (done, answer) = oneshot::channel();
+        let request = EgressRequest { policy, config: Box::new(config), done };
+        entry.updates.send(request).await.map_err(|_| not_found(id))?;
+        match answer.await {
+            Ok(done) => done.map_err(|e| Status::internal(format!("sandbox '{id}': {e}"))),
+            // It ended before its owner came to it.
+            Err(_) => Err(not_found(id)),
+        }
+    }
+
     fn admit(&self, entry: &Arc<Entry>) -> Result<(), Status> {
         let node = &self.0;
         if node.status() != ServiceInfoStatus::Healthy {
@@ -141,7 +131,6 @@ impl SandboxService for Sandboxes {
         let request = request.into_inner();
         let mut config = request.sandbox.ok_or_else(|| bad("the request has no sandbox"))?;
         let build_id = check(&config)?;
-        let allow_internet = internet(&config)?;
         let start = request.start_time.as_ref().and_then(to_time).unwrap_or_else(Utc::now);
         let end =
             request.end_time.as_ref().and_then(to_time).ok_or_else(|| bad("the request has no end time"))?;
@@ -151,6 +140,7 @@ impl SandboxService for Sandboxes {
         if config.execution_id.is_empty() {
             config.execution_id = uuid::Uuid::new_v4().to_string();
         }
+        let network = self.0.network.of(&config).await.map_err(|e| bad(e.to_string()))?;
         let spec = SandboxSpec {
             sandbox_id: config.sandbox_id.clone(),
             execution_id: config.execution_id.clone(),
@@ -158,11 +148,13 @@ impl SandboxService for Sandboxes {
             build_id,
             env_vars: config.env_vars.clone(),
             access_token: config.envd_access_token.clone(),
-            allow_internet,
+            network,
             snapshot: config.snapshot,
             filesystem_boot: request.filesystem_boot == Some(true),
         };
-        let (saves, asked) = mpsc::channel(1);
+        let (saves, asked_saves) = mpsc::channel(1);
+        let (updates, asked_updates) = mpsc::channel(8);
+        let asked = Asked { saves: asked_saves, updates: asked_updates };
         let entry = Arc::new(Entry {
             config,
             start,
@@ -171,6 +163,8 @@ impl SandboxService for Sandboxes {
             reason: Default::default(),
             state: Mutex::new(State::Starting),
             saves,
+            updates,
+            egress: Mutex::default(),
             released: watch::Sender::new(false),
         });
         self.admit(&entry)?;
@@ -203,10 +197,8 @@ impl SandboxService for Sandboxes {
     async fn update(&self, request: Request<SandboxUpdateRequest>) -> Result<Response<()>, Status> {
         let request = request.into_inner();
         let entry = self.entry(&request.sandbox_id)?;
-        if request.egress.is_some() {
-            return Err(Status::unimplemented(
-                "changing the network of a running sandbox is not supported yet",
-            ));
+        if let Some(egress) = request.egress {
+            self.update_egress(&entry, egress).await?;
         }
         if let Some(end) = &request.end_time {
             let end = to_time(end).ok_or_else(|| bad("the end time is out of range"))?;
@@ -229,7 +221,7 @@ impl SandboxService for Sandboxes {
                 execution_id: e.config.execution_id.clone(),
                 vcpu: e.config.vcpu,
                 ram_mb: e.config.ram_mb,
-                config: Some(e.config.clone()),
+                config: Some(e.current_config()),
             })
             .collect();
         Ok(Response::new(SandboxListResponse { sandboxes }))

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use base64::Engine;
 use chrono::{DateTime, TimeDelta, Utc};
+use nidus_egress::{Gateway, SlotGateway};
 use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
 use nidus_memfs::MemFs;
+use nidus_network::NetworkSlot;
 use nidus_storage::{BuildId, Builds};
 use nidus_template::{Builder, GuestState, READY_LIMIT, TemplateMetadata, VmHost};
 use nidus_vmm::MemoryDoor;
@@ -20,8 +22,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cached::Cached;
 use crate::compaction::Compactor;
+use crate::guarded::{self, NetworkSpec};
 use crate::lineage::{Lineages, Use};
-use crate::machine::{Machine, Parts, egress_rules};
+use crate::machine::{Machine, Parts};
 use crate::opened::Opened;
 use crate::saving::COPY_LIMIT_MB;
 use crate::served::MemoryError;
@@ -60,8 +63,8 @@ pub struct SandboxSpec {
     pub env_vars: HashMap<String, String>,
     /// Token that envd asks for.
     pub access_token: Option<String>,
-    /// Whether it may reach the internet.
-    pub allow_internet: bool,
+    /// What it may reach.
+    pub network: NetworkSpec,
     /// Whether the build is a paused sandbox, which is resumed once, rather than a template.
     pub snapshot: bool,
     /// Whether its disk is booted even if the build has a memory, which is left out then.
@@ -79,6 +82,7 @@ struct Inner {
     store: Arc<Builds>,
     host: Arc<VmHost>,
     builder: Arc<Builder>,
+    gateway: Arc<Gateway>,
     /// Where VMMs that map their memory find it.
     memfs: Option<Arc<MemFs>>,
     templates: Cached,
@@ -95,7 +99,8 @@ struct Inner {
 }
 
 impl Factory {
-    /// A factory over this node's parts; `builder` has what a disk alone is booted with. Overlay files of
+    /// A factory over this node's parts; `builder` has what a disk alone is booted with,
+    /// `gateway` carries what sandboxes' policies want looked at. Overlay files of
     /// an earlier, killed daemon are removed.
     ///
     /// # Errors
@@ -105,6 +110,7 @@ impl Factory {
         store: Arc<Builds>,
         host: Arc<VmHost>,
         builder: Arc<Builder>,
+        gateway: Arc<Gateway>,
     ) -> Result<Self, CreateError> {
         let dir = &config.overlays;
         std::fs::create_dir_all(dir).map_err(|e| CreateError::io(format!("make {}", dir.display()), e))?;
@@ -124,6 +130,7 @@ impl Factory {
             store,
             host,
             builder,
+            gateway,
             memfs,
             opened: Arc::default(),
             paused,
@@ -230,7 +237,16 @@ impl Inner {
             self.lineages.uses.begin(spec.build_id)
         };
         let (machine, booted_with) = self.machine(&spec, &cancel).await?;
-        let mut sandbox = Sandbox { spec, machine, booted_with, inner: self.clone(), in_use };
+        let gateway = match guarded::guard(&self.gateway, machine.slot(), &spec.network).await {
+            Ok(gateway) => gateway,
+            Err(e) => {
+                self.destroy_all(vec![machine]).await;
+                return Err(e);
+            }
+        };
+        let trusts_ca = spec.network.policy.needs_ca();
+        let mut sandbox =
+            Sandbox { spec, machine, gateway, trusts_ca, booted_with, inner: self.clone(), in_use };
         let started = tokio::select! {
             () = cancel.cancelled() => Err(CreateError::Cancelled),
             r = sandbox.wake() => r,
@@ -277,7 +293,8 @@ impl Inner {
         }
         let template = self.open(build, Start::Boot).await?;
         let files = self.builder.files_to_boot(&template.metadata.kernel_version, cancel).await?;
-        let machine = Machine::boot(&self.parts(), template, &files.boot, spec.allow_internet).await?;
+        let machine =
+            Machine::boot(&self.parts(), template, &files.boot, &spec.network.policy.kernel_rules()).await?;
         Ok((machine, Some(files.kernel_version)))
     }
 
@@ -411,8 +428,12 @@ async fn close_unused(inner: Arc<Inner>) {
 
 /// A running sandbox. Its owner ends it with [`Sandbox::kill`].
 pub struct Sandbox {
-    spec: SandboxSpec,
+    pub(crate) spec: SandboxSpec,
     machine: Machine,
+    /// Between its slot and everything that its policy wants looked at.
+    pub(crate) gateway: SlotGateway,
+    /// Whether its guest was told to trust the gateway's certificates.
+    pub(crate) trusts_ca: bool,
     /// Version of the kernel, if it was not resumed.
     booted_with: Option<String>,
     inner: Arc<Inner>,
@@ -460,6 +481,14 @@ impl Sandbox {
         &mut self.machine
     }
 
+    pub(crate) fn slot(&self) -> &NetworkSlot {
+        self.machine.slot()
+    }
+
+    pub(crate) fn node_gateway(&self) -> &Gateway {
+        &self.inner.gateway
+    }
+
     pub(crate) fn store(&self) -> &Builds {
         &self.inner.store
     }
@@ -489,7 +518,6 @@ impl Sandbox {
         let limit = if self.was_booted() {
             READY_LIMIT
         } else {
-            self.machine.slot().set_egress(&egress_rules(self.spec.allow_internet)).await?;
             self.machine.resume().await?;
             self.inner.config.envd_limit
         };
@@ -498,7 +526,7 @@ impl Sandbox {
         let mut seed = [0u8; 64];
         getrandom::fill(&mut seed)
             .map_err(|e| CreateError::io("read random bytes", std::io::Error::other(e.to_string())))?;
-        let request = InitRequest {
+        let mut request = InitRequest {
             env_vars: Some(self.environment()),
             access_token: self.spec.access_token.clone(),
             timestamp: Some(Utc::now()),
@@ -507,6 +535,7 @@ impl Sandbox {
             lifecycle_id: Some(self.spec.execution_id.clone()),
             ..InitRequest::default()
         };
+        self.introduce(&mut request);
         // A guest that has a token takes another one from those who know the old.
         let old_token = self.metadata().guest.as_ref().and_then(|g| g.access_token.clone());
         let envd = EnvdClient::new(SocketAddr::from((self.host_ip(), ENVD_PORT)), old_token);
@@ -522,7 +551,7 @@ impl Sandbox {
     }
 
     /// Environment of its commands: what the build had, who it is, what its creator wants.
-    fn environment(&self) -> HashMap<String, String> {
+    pub(crate) fn environment(&self) -> HashMap<String, String> {
         let guest = self.metadata().guest.as_ref();
         let mut env = guest.map(|g| g.env_vars.clone()).unwrap_or_default();
         env.extend([
@@ -531,16 +560,20 @@ impl Sandbox {
             ("E2B_TEMPLATE_ID".to_owned(), self.spec.template_id.clone()),
         ]);
         env.extend(self.spec.env_vars.clone());
+        if self.trusts_ca {
+            guarded::trust(&mut env);
+        }
         env
     }
 
     /// Ends it and releases everything, in reverse order.
     pub async fn kill(self) -> Result<(), KillError> {
-        let Self { spec, machine, inner, in_use, .. } = self;
+        let Self { spec, machine, gateway, inner, in_use, .. } = self;
         // A task of its own, so that it goes to its end when the caller goes away.
         let task = tokio::spawn(async move {
             // For those to come, of which a paused sandbox has none.
             let template = (!spec.snapshot).then(|| machine.template().clone());
+            gateway.close().await;
             let destroyed = machine.destroy(&inner.host.network).await;
             // Its time begins now.
             inner.templates.get(spec.build_id);

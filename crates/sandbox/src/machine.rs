@@ -47,15 +47,15 @@ impl Machine {
         parts: &Parts<'_>,
         template: Arc<OpenTemplate>,
         boot: &Boot,
-        allow_internet: bool,
+        rules: &EgressRules,
     ) -> Result<Self, CreateError> {
-        Self::make(parts, template, Some((boot, allow_internet))).await
+        Self::make(parts, template, Some((boot, rules))).await
     }
 
     async fn make(
         parts: &Parts<'_>,
         template: Arc<OpenTemplate>,
-        boot: Option<(&Boot, bool)>,
+        boot: Option<(&Boot, &EgressRules)>,
     ) -> Result<Self, CreateError> {
         let network = &parts.host.network;
         let slot = network.acquire().await?;
@@ -75,11 +75,11 @@ impl Machine {
         parts: &Parts<'_>,
         template: &Arc<OpenTemplate>,
         slot: &NetworkSlot,
-        boot: Option<(&Boot, bool)>,
+        boot: Option<(&Boot, &EgressRules)>,
     ) -> Result<(Box<dyn Vm>, Option<ServedMemory>, RootDisk, Arc<Overlay>), CreateError> {
-        if let Some((_, allow_internet)) = boot {
+        if let Some((_, rules)) = boot {
             // Its programs start before anybody asks for anything.
-            slot.set_egress(&egress_rules(allow_internet)).await?;
+            slot.set_egress(rules).await?;
         }
         // Unique: a slot has one tenant at a time, and the random part tells tenants apart.
         let name = format!("{}-{}", slot.index(), BuildId::random());
@@ -316,10 +316,4 @@ async fn not_loaded(
         Some(e) => caused(e, cause),
         None => CreateError::Ended(cause.unwrap_or_else(|| "its memory could not be served".to_owned())),
     }
-}
-
-/// What the kernel lets a guest reach that may reach the internet, or nothing.
-pub(crate) fn egress_rules(allow_internet: bool) -> EgressRules {
-    let denied = if allow_internet { Vec::new() } else { vec![ipnet::Ipv4Net::default()] };
-    EgressRules { denied, ..EgressRules::default() }
 }

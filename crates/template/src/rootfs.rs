@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 
+use nidus_network::HYPERLOOP_IP;
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
@@ -70,7 +71,10 @@ pub fn customise(root: &Path, envd: &Path) -> Result<(), BuildError> {
     chown(&home, Some(id), Some(id)).map_err(|e| BuildError::io("change the owner of", &home, e))?;
     mode(&home, 0o755)?;
     write(root, "etc/hostname", "nidus\n")?;
-    write(root, "etc/hosts", "127.0.0.1 localhost nidus\n::1 localhost ip6-localhost\n")?;
+    // The last line is what envd would write at every start, if it was not there.
+    let hosts =
+        format!("127.0.0.1 localhost nidus\n::1 localhost ip6-localhost\n{HYPERLOOP_IP} events.e2b.local\n");
+    write(root, "etc/hosts", &hosts)?;
     // A link into /run would dangle in a guest without a resolver daemon.
     let _ = fs::remove_file(root.join("etc/resolv.conf"));
     write(root, "etc/resolv.conf", "nameserver 8.8.8.8\nnameserver 1.1.1.1\n")?;
