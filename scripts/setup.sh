@@ -27,6 +27,7 @@ need cc build-essential
 need make make
 need python3 python3
 need curl curl
+need openssl openssl
 need qemu-img qemu-utils
 need qemu-nbd qemu-utils
 need nbdkit nbdkit

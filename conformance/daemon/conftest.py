@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from grpc_tools import protoc
 from support.daemon import DEFAULT_DATA_DIR, REPO, Daemon
+from support.testnet import DNS, small_internet
 
 PROTO = REPO / "crates/proto/proto"
 LEAKCHECK = REPO / "scripts/leakcheck.sh"
@@ -106,3 +107,20 @@ def generated(tmp_path_factory):
         yield importlib.import_module("orchestrator_pb2"), importlib.import_module("orchestrator_pb2_grpc")
     finally:
         sys.path.remove(str(out))
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    """A small internet that writes down what reaches it."""
+    with small_internet(tmp_path_factory.mktemp("net")) as net:
+        yield net
+
+
+@pytest.fixture(scope="module")
+def net_daemon(net, tmp_path_factory):
+    """A daemon in it, for all tests of a module."""
+    extra = {"NIDUS_DNS": DNS, "NIDUS_EGRESS_ROOTS": str(net.roots)}
+    daemon = Daemon(extra_env=extra, log_path=tmp_path_factory.mktemp("daemon") / "nidus.log").start()
+    daemon.create_key()
+    yield daemon
+    assert daemon.terminate() == 0
