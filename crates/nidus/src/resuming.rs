@@ -16,10 +16,12 @@ pub struct ResumingCatalog {
 
 #[async_trait]
 impl Catalog for ResumingCatalog {
-    async fn lookup(&self, sandbox_id: &str) -> Option<Route> {
-        match self.running.lookup(sandbox_id).await {
-            None if self.api.resume_for_traffic(sandbox_id).await => self.running.lookup(sandbox_id).await,
-            found => found,
-        }
+    fn known(&self, sandbox_id: &str) -> Option<Arc<Route>> {
+        self.running.known(sandbox_id)
+    }
+
+    async fn find(&self, sandbox_id: &str) -> Option<Arc<Route>> {
+        let resumed = self.api.resume_for_traffic(sandbox_id).await;
+        resumed.then(|| self.running.known(sandbox_id)).flatten()
     }
 }

@@ -144,6 +144,9 @@ fn open(node: &Node, entry: &Entry, sandbox: &Sandbox) -> CancellationToken {
             host_ip: sandbox.host_ip(),
             traffic_access_token: ingress.and_then(|i| i.traffic_access_token.clone()),
             mask_request_host: ingress.and_then(|i| i.mask_request_host.clone()),
+            https_ports: ingress
+                .map(|i| i.https_ports.iter().filter_map(|p| u16::try_from(*p).ok()).collect())
+                .unwrap_or_default(),
             gone: gone.clone(),
         },
     );

@@ -17,6 +17,8 @@ pub struct Route {
     pub traffic_access_token: Option<String>,
     /// When set, the `Host` that the guest sees; `${PORT}` stands for the port.
     pub mask_request_host: Option<String>,
+    /// Ports that speak TLS. Who is there is known by the address, so their certificates are not verified.
+    pub https_ports: Vec<u16>,
     /// Cancelled when this run ends: every connection to it is closed then.
     pub gone: CancellationToken,
 }
@@ -24,14 +26,17 @@ pub struct Route {
 /// Finds sandboxes.
 #[async_trait]
 pub trait Catalog: Send + Sync + 'static {
-    /// The route to a running sandbox.
-    async fn lookup(&self, sandbox_id: &str) -> Option<Route>;
+    /// The route to a running sandbox, if that is known at once.
+    fn known(&self, sandbox_id: &str) -> Option<Arc<Route>>;
+
+    /// The route to a sandbox that is not known, which may have to be woken or asked for.
+    async fn find(&self, sandbox_id: &str) -> Option<Arc<Route>>;
 }
 
 /// The catalog of a single machine.
 #[derive(Debug, Clone, Default)]
 pub struct InProcessCatalog {
-    routes: Arc<RwLock<HashMap<String, Route>>>,
+    routes: Arc<RwLock<HashMap<String, Arc<Route>>>>,
 }
 
 impl InProcessCatalog {
@@ -42,18 +47,22 @@ impl InProcessCatalog {
 
     /// Adds a sandbox that runs.
     pub fn insert(&self, sandbox_id: String, route: Route) {
-        self.routes.write().insert(sandbox_id, route);
+        self.routes.write().insert(sandbox_id, Arc::new(route));
     }
 
     /// Takes one out that ends.
-    pub fn remove(&self, sandbox_id: &str) -> Option<Route> {
+    pub fn remove(&self, sandbox_id: &str) -> Option<Arc<Route>> {
         self.routes.write().remove(sandbox_id)
     }
 }
 
 #[async_trait]
 impl Catalog for InProcessCatalog {
-    async fn lookup(&self, sandbox_id: &str) -> Option<Route> {
+    fn known(&self, sandbox_id: &str) -> Option<Arc<Route>> {
         self.routes.read().get(sandbox_id).cloned()
+    }
+
+    async fn find(&self, _: &str) -> Option<Arc<Route>> {
+        None
     }
 }

@@ -1,24 +1,23 @@
 //! One request, there and back.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::{Authority, Scheme};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
-use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body::Body as HttpBody;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use pin_project_lite::pin_project;
+use hyper::client::conn::http1::SendRequest;
 use subtle::ConstantTimeEq;
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio::runtime::Handle;
 
-use crate::reply::{self, Body};
+use crate::reply::{self, Asked, Body};
+use crate::streamed::{Limits, Streamed, Used};
 use crate::target::{ID_HEADER, PORT_HEADER};
 use crate::unread::Watched;
-use crate::upstream::{ConnectError, Permit, Upstream, Upstreams};
+use crate::upstream::{ConnectError, Upstream, Upstreams};
 use crate::{Catalog, ENVD_PORT, ProxyConfig, Route, Target, upgrade};
 
 const TOKEN_HEADER: &str = "e2b-traffic-access-token";
@@ -42,58 +41,89 @@ pub struct Proxy {
     pub config: ProxyConfig,
     pub catalog: Arc<dyn Catalog>,
     pub upstreams: Upstreams,
+    /// Where sandboxes are looked for that are not known: what wakes them outlives a worker's connections.
+    pub main: Handle,
 }
 
 impl Proxy {
     /// Answers one request of `client`.
-    pub async fn handle(self: Arc<Self>, client: SocketAddr, request: Request<Watched>) -> Response<Body> {
+    pub async fn handle(
+        self: Arc<Self>,
+        client: SocketAddr,
+        scheme: &Scheme,
+        request: Request<Watched>,
+    ) -> Response<Body> {
         let (mut parts, body) = request.into_parts();
+        let asked = Asked::of(&parts.headers);
         let target = match Target::of(&parts) {
             Ok(t) => t,
             Err(e) => {
                 if e == crate::TargetError::None && parts.uri.path() == "/health" {
                     return Response::new(reply::full(""));
                 }
-                return reply::plain(&parts.headers, StatusCode::BAD_REQUEST, e.message());
+                return reply::plain(asked, StatusCode::BAD_REQUEST, e.message());
             }
         };
-        let asked = parts.headers.clone();
-        let Some(route) = self.catalog.lookup(&target.sandbox_id).await else {
-            return reply::not_found(&asked, &target);
+        let Some(route) = self.route(&target.sandbox_id).await else {
+            return reply::not_found(asked, &target);
         };
         if let Err((status, message)) = allowed(&parts, &target, &route) {
-            return reply::about(&asked, &target, status, message);
+            return reply::about(asked, &target, status, message);
         }
         let upstream = self.upstreams.of(&target.sandbox_id, &route);
         let Some(permit) = upstream.admit(self.config.max_connections_per_sandbox) else {
-            return reply::busy(&asked, &target);
+            return reply::busy(asked, &target);
         };
         let client_upgrade = wants_upgrade(&parts.headers)
             .then(|| parts.extensions.remove::<hyper::upgrade::OnUpgrade>())
             .flatten();
         let kind = parts.headers.get(header::UPGRADE).cloned().filter(|_| client_upgrade.is_some());
-        if let Err(message) = rewrite(&mut parts, client, &target, &route, kind.as_ref()) {
-            return reply::about(&asked, &target, StatusCode::BAD_REQUEST, message);
+        let http2 = is_grpc(&parts);
+        if let Err(message) = rewrite(&mut parts, client, scheme, &target, &route, kind.as_ref()) {
+            return reply::about(asked, &target, StatusCode::BAD_REQUEST, message);
         }
-        let body = body.map_err(Into::into).boxed();
+        let empty = HttpBody::is_end_stream(&body);
+        let body = if empty { reply::full("") } else { body.map_err(Into::into).boxed() };
         let request = Request::from_parts(parts, body);
+        let sending = async {
+            match http2 {
+                true => self.send_http2(&upstream, target.port, request).await.map(|r| (r, None)),
+                false => self.send(&upstream, target.port, request, client_upgrade.is_some()).await,
+            }
+        };
+        let limits = Limits::of(&self.config);
         let sent = tokio::select! {
-            () = upstream.gone().cancelled() => return reply::not_found(&asked, &target),
-            s = self.send(&upstream, target.port, request, client_upgrade.is_some()) => s,
+            () = upstream.gone().cancelled() => return reply::not_found(asked, &target),
+            () = limits.over() => {
+                let message = "The sandbox did not answer in time";
+                return reply::about(asked, &target, StatusCode::GATEWAY_TIMEOUT, message);
+            }
+            s = sending => s,
         };
         match sent {
-            Ok(response) => back(response, client_upgrade, upstream, permit),
-            Err(SendError::Connect(ConnectError::Closed)) => reply::closed_port(&asked, &target),
+            Ok((response, sender)) => {
+                let connection = Used { upstream, port: target.port, sender, _permit: permit };
+                back(response, client_upgrade, connection, limits)
+            }
+            Err(SendError::Connect(ConnectError::Closed)) => reply::closed_port(asked, &target),
             Err(SendError::Connect(ConnectError::Unreachable(e))) => {
                 tracing::debug!(sandbox = %target.sandbox_id, port = target.port, "no connection: {e}");
-                reply::closed_port(&asked, &target)
+                reply::closed_port(asked, &target)
             }
             Err(SendError::Lost(e)) => {
                 tracing::debug!(sandbox = %target.sandbox_id, port = target.port, "no answer: {e}");
                 let message = "The sandbox closed the connection before it answered";
-                reply::about(&asked, &target, StatusCode::BAD_GATEWAY, message)
+                reply::about(asked, &target, StatusCode::BAD_GATEWAY, message)
             }
         }
+    }
+
+    async fn route(&self, sandbox_id: &str) -> Option<Arc<Route>> {
+        if let Some(route) = self.catalog.known(sandbox_id) {
+            return Some(route);
+        }
+        let (catalog, id) = (self.catalog.clone(), sandbox_id.to_owned());
+        self.main.spawn(async move { catalog.find(&id).await }).await.ok().flatten()
     }
 
     /// Sends over a kept connection if there is one. When that one turns out to be closed
@@ -102,18 +132,15 @@ impl Proxy {
     /// and nothing of a body is gone.
     async fn send(
         &self,
-        upstream: &Arc<Upstream>,
+        upstream: &Upstream,
         port: u16,
         mut request: Request<Body>,
         upgrade: bool,
-    ) -> Result<Response<Incoming>, SendError> {
+    ) -> Result<(Response<Incoming>, Option<SendRequest<Body>>), SendError> {
         while let Some(mut kept) = (!upgrade).then(|| upstream.kept(port)).flatten() {
             let again = copy_to_repeat(&request);
             match kept.try_send_request(request).await {
-                Ok(response) => {
-                    upstream.keep(port, kept);
-                    return Ok(response);
-                }
+                Ok(response) => return Ok((response, Some(kept))),
                 Err(mut e) => match e.take_message().or(again) {
                     Some(unsent) => request = unsent,
                     None => return Err(SendError::Lost(e.into_error())),
@@ -122,11 +149,33 @@ impl Proxy {
         }
         let mut fresh = upstream.connect(port, &self.config).await.map_err(SendError::Connect)?;
         let response = fresh.send_request(request).await.map_err(SendError::Lost)?;
-        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            upstream.keep(port, fresh);
-        }
-        Ok(response)
+        Ok((response, Some(fresh)))
     }
+
+    /// gRPC is HTTP/2 all the way: its trailers are the answer.
+    async fn send_http2(
+        &self,
+        upstream: &Upstream,
+        port: u16,
+        mut request: Request<Body>,
+    ) -> Result<Response<Incoming>, SendError> {
+        *request.version_mut() = Version::HTTP_2;
+        let host = request.headers_mut().remove(header::HOST);
+        let authority = host.and_then(|h| Authority::try_from(h.as_bytes()).ok());
+        let mut uri = std::mem::take(request.uri_mut()).into_parts();
+        uri.scheme = Some(Scheme::HTTP);
+        uri.authority = Some(authority.unwrap_or_else(|| Authority::from_static("localhost")));
+        if let Ok(uri) = Uri::from_parts(uri) {
+            *request.uri_mut() = uri;
+        }
+        let mut sender = upstream.http2(port, &self.config).await.map_err(SendError::Connect)?;
+        sender.send_request(request).await.map_err(SendError::Lost)
+    }
+}
+
+fn is_grpc(parts: &http::request::Parts) -> bool {
+    parts.version == Version::HTTP_2
+        && parts.headers.get(header::CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// The request once more, if it may be sent twice.
@@ -222,6 +271,7 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
 fn rewrite(
     parts: &mut http::request::Parts,
     client: SocketAddr,
+    scheme: &Scheme,
     target: &Target,
     route: &Route,
     upgrade: Option<&HeaderValue>,
@@ -264,7 +314,8 @@ fn rewrite(
         parts.headers.insert("x-forwarded-for", value);
     }
     let h = &mut parts.headers;
-    h.entry("x-forwarded-proto").or_insert(HeaderValue::from_static("http"));
+    let proto = if *scheme == Scheme::HTTPS { "https" } else { "http" };
+    h.entry("x-forwarded-proto").or_insert(HeaderValue::from_static(proto));
     h.entry("x-forwarded-host").or_insert(came_to);
     parts.version = Version::HTTP_11;
     Ok(())
@@ -274,8 +325,8 @@ fn rewrite(
 fn back(
     mut response: Response<Incoming>,
     client: Option<hyper::upgrade::OnUpgrade>,
-    upstream: Arc<Upstream>,
-    permit: Permit,
+    connection: Used,
+    limits: Limits,
 ) -> Response<Body> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let kind = response.headers().get(header::UPGRADE).cloned();
@@ -286,52 +337,14 @@ fn back(
         }
         if let Some(client) = client {
             let guest = hyper::upgrade::on(&mut response);
-            upgrade::join(client, guest, upstream, permit);
+            upgrade::join(client, guest, connection, limits);
         }
         return response.map(|_| reply::full(""));
     }
     drop_hop_by_hop(response.headers_mut());
     // The version of the guest's connection says nothing about the client's.
     *response.version_mut() = Version::default();
-    let gone = Box::pin(upstream.gone().clone().cancelled_owned());
-    response.map(|body| Streamed { body, gone, _permit: permit }.boxed())
-}
-
-pin_project! {
-    /// A guest's body on its way to the client, cut when the sandbox ends.
-    struct Streamed {
-        #[pin]
-        body: Incoming,
-        gone: Pin<Box<WaitForCancellationFutureOwned>>,
-        _permit: Permit,
-    }
-}
-
-impl HttpBody for Streamed {
-    type Data = Bytes;
-    type Error = Box<dyn std::error::Error + Send + Sync>;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        let this = self.project();
-        match this.body.poll_frame(cx) {
-            Poll::Ready(frame) => Poll::Ready(frame.map(|f| f.map_err(Into::into))),
-            Poll::Pending => match this.gone.as_mut().poll(cx) {
-                Poll::Ready(()) => Poll::Ready(Some(Err("the sandbox ended".into()))),
-                Poll::Pending => Poll::Pending,
-            },
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+    response.map(|body| Streamed::new(body, connection, limits).boxed())
 }
 
 #[cfg(test)]

@@ -14,11 +14,14 @@ mod catalog;
 mod forward;
 mod reply;
 mod server;
+mod streamed;
 mod target;
+mod tls;
 mod unread;
 mod upgrade;
 mod upstream;
 
 pub use catalog::{Catalog, InProcessCatalog, Route};
-pub use server::{ProxyConfig, serve};
+pub use server::{Listeners, ProxyConfig, serve};
 pub use target::{Target, TargetError};
+pub use tls::{Certificate, CertificateError};

@@ -16,10 +16,24 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed()
 }
 
+/// What is to be known of a request for an answer of ours.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// A browser asks.
+    html: bool,
+}
+
+impl Asked {
+    /// Of a request with these headers.
+    pub fn of(headers: &HeaderMap) -> Self {
+        let accepts = headers.get(ACCEPT).and_then(|a| a.to_str().ok());
+        Self { html: accepts.is_some_and(|a| a.contains("text/html")) }
+    }
+}
+
 /// An answer with this JSON body, or a small page for a browser.
-fn answer(headers: &HeaderMap, status: StatusCode, body: &Value) -> Response<Body> {
-    let accepts = headers.get(ACCEPT).and_then(|a| a.to_str().ok()).unwrap_or_default();
-    let (kind, text) = if accepts.contains("text/html") {
+fn answer(asked: Asked, status: StatusCode, body: &Value) -> Response<Body> {
+    let (kind, text) = if asked.html {
         ("text/html; charset=utf-8", page(status, body["message"].as_str().unwrap_or_default(), body))
     } else {
         ("application/json; charset=utf-8", body.to_string())
@@ -47,35 +61,35 @@ fn escape(text: &str) -> String {
 }
 
 /// Answers about a request that goes nowhere.
-pub fn plain(headers: &HeaderMap, status: StatusCode, message: &str) -> Response<Body> {
-    answer(headers, status, &json!({ "code": status.as_u16(), "message": message }))
+pub fn plain(asked: Asked, status: StatusCode, message: &str) -> Response<Body> {
+    answer(asked, status, &json!({ "code": status.as_u16(), "message": message }))
 }
 
 /// No sandbox of this id runs here.
-pub fn not_found(headers: &HeaderMap, target: &Target) -> Response<Body> {
+pub fn not_found(asked: Asked, target: &Target) -> Response<Body> {
     let status = StatusCode::BAD_GATEWAY;
     let message = "The sandbox was not found";
-    answer(headers, status, &json!({ "sandboxId": target.sandbox_id, "message": message, "code": 502 }))
+    answer(asked, status, &json!({ "sandboxId": target.sandbox_id, "message": message, "code": 502 }))
 }
 
 /// It runs, but nobody listens there.
-pub fn closed_port(headers: &HeaderMap, target: &Target) -> Response<Body> {
+pub fn closed_port(asked: Asked, target: &Target) -> Response<Body> {
     let message = "The sandbox is running but port is not open";
     let body =
         json!({ "sandboxId": target.sandbox_id, "message": message, "port": target.port, "code": 502 });
-    answer(headers, StatusCode::BAD_GATEWAY, &body)
+    answer(asked, StatusCode::BAD_GATEWAY, &body)
 }
 
 /// Something about this sandbox.
-pub fn about(headers: &HeaderMap, target: &Target, status: StatusCode, message: &str) -> Response<Body> {
+pub fn about(asked: Asked, target: &Target, status: StatusCode, message: &str) -> Response<Body> {
     let body = json!({ "sandboxId": target.sandbox_id, "message": message, "code": status.as_u16() });
-    answer(headers, status, &body)
+    answer(asked, status, &body)
 }
 
 /// Too many connections to one sandbox.
-pub fn busy(headers: &HeaderMap, target: &Target) -> Response<Body> {
+pub fn busy(asked: Asked, target: &Target) -> Response<Body> {
     let message = "Too many connections to this sandbox";
-    let mut response = about(headers, target, StatusCode::TOO_MANY_REQUESTS, message);
+    let mut response = about(asked, target, StatusCode::TOO_MANY_REQUESTS, message);
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     response
 }
@@ -87,7 +101,7 @@ mod tests {
     #[tokio::test]
     async fn a_browser_gets_a_page_without_what_others_wrote_into_it() {
         let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static("text/html"))]);
-        let response = plain(&headers, StatusCode::BAD_REQUEST, "<script>");
+        let response = plain(Asked::of(&headers), StatusCode::BAD_REQUEST, "<script>");
         let text = response.into_body().collect().await.unwrap().to_bytes();
         let text = String::from_utf8(text.to_vec()).unwrap();
         assert!(text.contains("&lt;script&gt;") && !text.contains("<script>"), "{text}");

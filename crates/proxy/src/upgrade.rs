@@ -1,28 +1,89 @@
 //! Upgraded connections (WebSocket): two streams joined until either side or the sandbox ends.
 
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
-use tokio::io::copy_bidirectional;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::task::{Context, Poll};
+use std::{future, io};
 
-use crate::upstream::{Permit, Upstream};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional_with_sizes};
+use tokio::time::sleep_until;
+
+use crate::streamed::{Limits, Used};
+
+/// Bytes of the two buffers of a tunnel: most of them stand idle, and there may be thousands.
+const COPY_BYTES: usize = 4 << 10;
 
 /// Joins client and guest.
-pub fn join(client: OnUpgrade, guest: OnUpgrade, upstream: std::sync::Arc<Upstream>, permit: Permit) {
+pub fn join(client: OnUpgrade, guest: OnUpgrade, connection: Used, limits: Limits) {
     tokio::spawn(async move {
-        let _permit = permit;
+        let moved = Arc::new(AtomicBool::new(false));
         let tunnel = async {
             let (client, guest) = match tokio::try_join!(client, guest) {
                 Ok(both) => both,
                 Err(e) => return tracing::debug!("an upgrade did not come about: {e}"),
             };
-            let (mut client, mut guest) = (TokioIo::new(client), TokioIo::new(guest));
-            if let Err(e) = copy_bidirectional(&mut client, &mut guest).await {
+            let noted = |io| Noted { io: TokioIo::new(io), moved: moved.clone() };
+            let (mut client, mut guest) = (noted(client), noted(guest));
+            let copied = copy_bidirectional_with_sizes(&mut client, &mut guest, COPY_BYTES, COPY_BYTES).await;
+            if let Err(e) = copied {
                 tracing::debug!("a tunnel ended: {e}");
             }
         };
         tokio::select! {
-            () = upstream.gone().cancelled() => {}
+            () = connection.upstream.gone().cancelled() => {}
+            () = over(limits, &moved) => tracing::debug!("a tunnel's time was over"),
             () = tunnel => {}
         }
     });
+}
+
+/// Resolves when nothing moved for the whole of the idle time, or the total time is over.
+async fn over(limits: Limits, moved: &AtomicBool) {
+    loop {
+        match limits.next() {
+            Some(at) => sleep_until(at).await,
+            None => return future::pending().await,
+        }
+        let ended = limits.end.is_some_and(|end| end <= tokio::time::Instant::now());
+        if ended || !moved.swap(false, Relaxed) {
+            return;
+        }
+    }
+}
+
+/// A stream that notes when bytes come out of it.
+struct Noted {
+    io: TokioIo<Upgraded>,
+    moved: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Noted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.io).poll_read(cx, buf);
+        if read.is_ready() {
+            self.moved.store(true, Relaxed);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Noted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
 }

@@ -2,19 +2,28 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use hyper::client::conn::http1::{Builder, SendRequest};
-use hyper_util::rt::TokioIo;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
+use rustls::ClientConfig;
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 
 use crate::reply::Body;
+use crate::server::worker;
 use crate::{ENVD_PORT, ProxyConfig, Route};
+
+/// A connection to a guest.
+type Stream = Either<TcpStream, TlsStream<TcpStream>>;
 
 /// Idle connections kept for one port of one sandbox.
 const MAX_IDLE: usize = 32;
@@ -36,8 +45,12 @@ struct Idle {
 /// All connections to one run of one sandbox.
 pub struct Upstream {
     host_ip: std::net::Ipv4Addr,
+    https_ports: Vec<u16>,
     gone: CancellationToken,
-    idle: Mutex<HashMap<u16, Vec<Idle>>>,
+    /// By worker and port: a connection is driven by the thread that opened it.
+    idle: Mutex<HashMap<(usize, u16), Vec<Idle>>>,
+    /// Of HTTP/2, which many requests share.
+    shared: Mutex<HashMap<(usize, u16), http2::SendRequest<Body>>>,
     open: AtomicUsize,
 }
 
@@ -64,8 +77,10 @@ impl Upstream {
     pub fn new(route: &Route) -> Arc<Self> {
         Arc::new(Self {
             host_ip: route.host_ip,
+            https_ports: route.https_ports.clone(),
             gone: route.gone.clone(),
             idle: Default::default(),
+            shared: Default::default(),
             open: AtomicUsize::new(0),
         })
     }
@@ -90,63 +105,99 @@ impl Upstream {
         Some(Permit(self.clone()))
     }
 
-    /// A kept connection that still stands.
+    /// A kept connection of this worker that still stands.
     pub fn kept(&self, port: u16) -> Option<SendRequest<Body>> {
         let mut idle = self.idle.lock();
-        let list = idle.get_mut(&port)?;
-        while let Some(i) = list.pop() {
-            if i.since.elapsed() < idle_time(port) && i.sender.is_ready() && !i.sender.is_closed() {
-                return Some(i.sender);
-            }
-        }
-        None
+        let list = idle.get_mut(&(worker(), port))?;
+        list.retain(|i| i.since.elapsed() < idle_time(port) && !i.sender.is_closed());
+        // One that is not ready has not read the last answer's end yet, or writes a request still.
+        let ready = list.iter().rposition(|i| i.sender.is_ready())?;
+        Some(list.swap_remove(ready).sender)
     }
 
-    /// Keeps a connection for the next request once it is free again.
-    pub fn keep(self: &Arc<Self>, port: u16, mut sender: SendRequest<Body>) {
-        let this = self.clone();
-        tokio::spawn(async move {
-            let free = tokio::select! {
-                () = this.gone.cancelled() => false,
-                r = sender.ready() => r.is_ok(),
-            };
-            if free {
-                let mut idle = this.idle.lock();
-                let list = idle.entry(port).or_default();
-                list.retain(|i| i.since.elapsed() < idle_time(port) && !i.sender.is_closed());
-                if list.len() < MAX_IDLE {
-                    list.push(Idle { sender, since: Instant::now() });
-                }
-            }
-        });
+    /// Keeps a connection, of which an answer was read to its end, for the next request.
+    pub fn keep(&self, port: u16, sender: SendRequest<Body>) {
+        if sender.is_closed() || self.gone.is_cancelled() {
+            return;
+        }
+        let mut idle = self.idle.lock();
+        let list = idle.entry((worker(), port)).or_default();
+        if list.len() >= MAX_IDLE {
+            list.remove(0);
+        }
+        list.push(Idle { sender, since: Instant::now() });
     }
 
     /// A new connection. Its task ends with the connection or with the sandbox.
     pub async fn connect(&self, port: u16, config: &ProxyConfig) -> Result<SendRequest<Body>, ConnectError> {
-        let address = SocketAddr::from((self.host_ip, port));
-        let stream = self.open_stream(address, config).await?;
-        let _ = stream.set_nodelay(true);
-        let (sender, connection) = Builder::new()
-            .preserve_header_case(true)
-            .title_case_headers(false)
+        let stream = self.open_stream(port, config, &[b"http/1.1"]).await?;
+        let (sender, connection) = http1::Builder::new()
+            .title_case_headers(true)
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|e| ConnectError::Unreachable(io::Error::other(e)))?;
-        let gone = self.gone.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = gone.cancelled() => {}
-                r = connection.with_upgrades() => {
-                    if let Err(e) = r {
-                        tracing::debug!(%address, "a connection to a guest ended: {e}");
-                    }
-                }
-            }
-        });
+        self.drive(port, connection.with_upgrades());
         Ok(sender)
     }
 
+    /// The connection of HTTP/2 to a port, which is opened when there is none.
+    pub async fn http2(
+        &self,
+        port: u16,
+        config: &ProxyConfig,
+    ) -> Result<http2::SendRequest<Body>, ConnectError> {
+        let key = (worker(), port);
+        if let Some(sender) = self.shared.lock().get(&key).filter(|s| !s.is_closed()) {
+            return Ok(sender.clone());
+        }
+        let stream = self.open_stream(port, config, &[b"h2"]).await?;
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .adaptive_window(true)
+            .keep_alive_interval(Some(Duration::from_secs(30)))
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| ConnectError::Unreachable(io::Error::other(e)))?;
+        self.drive(port, connection);
+        let mut shared = self.shared.lock();
+        shared.retain(|_, s| !s.is_closed());
+        shared.insert(key, sender.clone());
+        Ok(sender)
+    }
+
+    fn drive(&self, port: u16, connection: impl Future<Output = hyper::Result<()>> + Send + 'static) {
+        let gone = self.gone.clone();
+        tokio::spawn(async move {
+            if let Some(Err(e)) = gone.run_until_cancelled(connection).await {
+                tracing::debug!(port, "a connection to a guest ended: {e}");
+            }
+        });
+    }
+
     async fn open_stream(
+        &self,
+        port: u16,
+        config: &ProxyConfig,
+        alpn: &[&[u8]],
+    ) -> Result<Stream, ConnectError> {
+        let address = SocketAddr::from((self.host_ip, port));
+        let stream = self.open_tcp(address, config).await?;
+        let _ = stream.set_nodelay(true);
+        if !self.https_ports.contains(&port) {
+            return Ok(Either::Left(stream));
+        }
+        let unreachable = ConnectError::Unreachable;
+        let mut tls = ClientConfig::clone(&*crate::tls::to_guests().map_err(unreachable)?);
+        tls.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+        let connecting = TlsConnector::from(Arc::new(tls)).connect(IpAddr::from(self.host_ip).into(), stream);
+        match tokio::time::timeout(config.connect_timeout, connecting).await {
+            Ok(Ok(stream)) => Ok(Either::Right(stream)),
+            Ok(Err(e)) => Err(unreachable(e)),
+            Err(_) => Err(unreachable(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    async fn open_tcp(
         &self,
         address: SocketAddr,
         config: &ProxyConfig,

@@ -33,6 +33,7 @@ async fn answer(sent: &[u8], read: usize) -> String {
         host_ip: "127.0.0.1".parse().unwrap(),
         traffic_access_token: None,
         mask_request_host: None,
+        https_ports: Vec::new(),
         gone: CancellationToken::new(),
     };
     catalog.insert("sandbox".to_owned(), route);
