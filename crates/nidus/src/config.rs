@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use figment::Figment;
 use figment::providers::{Env, Format as _, Serialized, Toml};
 use ipnet::Ipv4Net;
 use nidus_egress::GatewayConfig;
+use nidus_proxy::{Certificate, ProxyConfig};
 use nidus_telemetry::Format;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -37,6 +40,19 @@ pub struct Config {
     pub api_addr: SocketAddr,
     /// Address of the sandbox proxy.
     pub proxy_addr: SocketAddr,
+    /// Address at which the sandbox proxy speaks TLS, by the certificate below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_tls_addr: Option<SocketAddr>,
+    /// PEM chain of that certificate; looked at again while it is in use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_tls_cert: Option<PathBuf>,
+    /// And its key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_tls_key: Option<PathBuf>,
+    /// Seconds in which nothing may move in an answer or a tunnel of the proxy, before it is cut; 0 for ever.
+    pub proxy_idle_timeout_s: u64,
+    /// Seconds that a request and its answer may take, or a tunnel, before it is cut; 0 for ever.
+    pub proxy_total_timeout_s: u64,
     /// Address of the node's gRPC and HTTP.
     pub node_addr: SocketAddr,
     /// Everything that is kept.
@@ -163,6 +179,11 @@ impl Default for Config {
         Self {
             api_addr: local(3000),
             proxy_addr: local(5007),
+            proxy_tls_addr: None,
+            proxy_tls_cert: None,
+            proxy_tls_key: None,
+            proxy_idle_timeout_s: 0,
+            proxy_total_timeout_s: 0,
             node_addr: local(5008),
             data_dir: PathBuf::from("/var/lib/nidus"),
             storage: None,
@@ -242,6 +263,9 @@ impl Config {
             envd: Some(PathBuf::new()),
             guest_init: Some(PathBuf::new()),
             pinned_templates: Some(Vec::new()),
+            proxy_tls_addr: Some(SocketAddr::from(([127, 0, 0, 1], 443))),
+            proxy_tls_cert: Some(PathBuf::new()),
+            proxy_tls_key: Some(PathBuf::new()),
             dns: Some(Vec::new()),
             egress_roots: Some(PathBuf::new()),
             sandbox_bandwidth: Some(0),
@@ -309,6 +333,27 @@ impl Config {
             max_connections: self.sandbox_connections.map_or(MAX_FLOWS, |n| n as usize),
             max_questions: MAX_QUESTIONS,
         })
+    }
+
+    /// How the sandbox proxy works.
+    pub fn proxy(&self) -> ProxyConfig {
+        let time = |seconds| (seconds > 0).then(|| Duration::from_secs(seconds));
+        ProxyConfig {
+            idle_timeout: time(self.proxy_idle_timeout_s),
+            total_timeout: time(self.proxy_total_timeout_s),
+            ..ProxyConfig::default()
+        }
+    }
+
+    /// Where the proxy speaks TLS, and by which certificate.
+    pub fn proxy_tls(&self) -> anyhow::Result<Option<(SocketAddr, Arc<Certificate>)>> {
+        match (self.proxy_tls_addr, &self.proxy_tls_cert, &self.proxy_tls_key) {
+            (None, None, None) => Ok(None),
+            (Some(address), Some(chain), Some(key)) => {
+                Ok(Some((address, Certificate::open(chain.clone(), key.clone())?)))
+            }
+            _ => bail!("proxy_tls_addr, proxy_tls_cert and proxy_tls_key belong together: set all or none"),
+        }
     }
 
     /// The templates that stay open for good.

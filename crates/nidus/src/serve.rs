@@ -11,7 +11,7 @@ use nidus_api::{Api, ApiConfig, Nodes, Store, TemplateSpec, VMM_LABEL};
 use nidus_egress::Gateway;
 use nidus_network::{NetworkConfig, Pool, TapMode};
 use nidus_orchestrator::{NetworkParts, Node, NodeConfig};
-use nidus_proxy::{InProcessCatalog, ProxyConfig};
+use nidus_proxy::{InProcessCatalog, Listeners};
 use nidus_sandbox::{Factory, FactoryConfig};
 use nidus_storage::BuildId;
 use nidus_telemetry::{Fanout, LogSink, RunningSink, Sink, TracingLogs};
@@ -74,10 +74,17 @@ pub async fn run(config: &Config) -> anyhow::Result<()> {
         bail!("The disk of {} is full: {free} MiB are free, {LEAST_MIB} are the least", dir.display());
     }
     let api = bind("API", "NIDUS_API_ADDR", config.api_addr).await?;
-    let proxy = bind("proxy", "NIDUS_PROXY_ADDR", config.proxy_addr).await?;
+    let plain = bind("proxy", "NIDUS_PROXY_ADDR", config.proxy_addr).await?;
+    let tls = match config.proxy_tls()? {
+        Some((address, certificate)) => {
+            Some((bind("proxy (TLS)", "NIDUS_PROXY_TLS_ADDR", address).await?, certificate))
+        }
+        None => None,
+    };
+    let proxy = Listeners { plain, tls };
     let node = bind("node", "NIDUS_NODE_ADDR", config.node_addr).await?;
     let parts = Parts::start(config, &stop).await?;
-    let served = parts.serve(config, [api, proxy, node], &stop, began).await;
+    let served = parts.serve(config, [api, node], proxy, &stop, began).await;
     tracing::info!("stopping");
     let ended = Instant::now();
     parts.release().await;
@@ -256,7 +263,8 @@ impl Parts {
     async fn serve(
         &self,
         config: &Config,
-        [api_listener, proxy_listener, node_listener]: [TcpListener; 3],
+        [api_listener, node_listener]: [TcpListener; 2],
+        proxy_listeners: Listeners,
         stop: &CancellationToken,
         began: Instant,
     ) -> anyhow::Result<()> {
@@ -271,7 +279,11 @@ impl Parts {
             tokio::spawn(nidus_orchestrator::serve(node_listener, self.node.clone(), node_stop.clone()));
         let api_task = tokio::spawn(nidus_api::serve(api_listener, api.clone(), api_stop.clone()));
         let catalog = Arc::new(ResumingCatalog { running: self.catalog.clone(), api: api.clone() });
-        let proxy = nidus_proxy::serve(proxy_listener, ProxyConfig::default(), catalog, proxy_stop.clone());
+        if let Some((listener, certificate)) = &proxy_listeners.tls {
+            tracing::info!("proxy with TLS on {}", listener.local_addr()?);
+            tokio::spawn(certificate.clone().follow(proxy_stop.clone()));
+        }
+        let proxy = nidus_proxy::serve(proxy_listeners, config.proxy(), catalog, proxy_stop.clone());
         let proxy = tokio::spawn(proxy);
         tracing::info!(
             "API on http://{}, proxy on http://{}, node on {}",

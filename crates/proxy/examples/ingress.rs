@@ -55,6 +55,8 @@ async fn sink(listen: SocketAddr) -> Result<(), Failed> {
             while let Some(Ok(_)) = body.frame().await {}
             Ok::<_, Infallible>(Response::new(Full::new(Bytes::new())))
         });
-        tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(
+            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
+        );
     }
 }

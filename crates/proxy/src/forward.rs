@@ -175,7 +175,10 @@ impl Proxy {
 
 fn is_grpc(parts: &http::request::Parts) -> bool {
     parts.version == Version::HTTP_2
-        && parts.headers.get(header::CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"))
+        && parts
+            .headers
+            .get(header::CONTENT_TYPE)
+            .is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// The request once more, if it may be sent twice.

@@ -107,7 +107,8 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> io::Result<()> {
     let Listeners { plain, tls } = listeners.into();
-    let (plain, tls) = (plain.into_std()?, tls.map(|(l, c)| Ok::<_, io::Error>((l.into_std()?, c))).transpose()?);
+    let (plain, tls) =
+        (plain.into_std()?, tls.map(|(l, c)| Ok::<_, io::Error>((l.into_std()?, c))).transpose()?);
     let workers = match config.workers {
         Some(n) => n.max(1),
         None => std::thread::available_parallelism().map_or(1, usize::from),

@@ -1,6 +1,6 @@
 //! Connections to guests: opened, kept, and closed with their sandbox.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -25,8 +25,10 @@ use crate::{ENVD_PORT, ProxyConfig, Route};
 /// A connection to a guest.
 type Stream = Either<TcpStream, TlsStream<TcpStream>>;
 
-/// Idle connections kept for one port of one sandbox.
-const MAX_IDLE: usize = 32;
+/// Idle connections kept by one worker for one port of one sandbox.
+const MAX_IDLE: usize = 128;
+/// How many of them are looked at before a new one is opened.
+const LOOKS: usize = 16;
 /// And for how long: servers close idle connections too, common ones after 5 s, and a request that
 /// meets the close is lost.
 const IDLE_TIME: Duration = Duration::from_secs(4);
@@ -48,9 +50,10 @@ pub struct Upstream {
     https_ports: Vec<u16>,
     gone: CancellationToken,
     /// By worker and port: a connection is driven by the thread that opened it.
-    idle: Mutex<HashMap<(usize, u16), Vec<Idle>>>,
+    idle: Mutex<HashMap<(usize, u16), VecDeque<Idle>>>,
     /// Of HTTP/2, which many requests share.
     shared: Mutex<HashMap<(usize, u16), http2::SendRequest<Body>>>,
+    opening: tokio::sync::Mutex<()>,
     open: AtomicUsize,
 }
 
@@ -81,6 +84,7 @@ impl Upstream {
             gone: route.gone.clone(),
             idle: Default::default(),
             shared: Default::default(),
+            opening: Default::default(),
             open: AtomicUsize::new(0),
         })
     }
@@ -107,12 +111,24 @@ impl Upstream {
 
     /// A kept connection of this worker that still stands.
     pub fn kept(&self, port: u16) -> Option<SendRequest<Body>> {
+        let now = Instant::now();
         let mut idle = self.idle.lock();
         let list = idle.get_mut(&(worker(), port))?;
-        list.retain(|i| i.since.elapsed() < idle_time(port) && !i.sender.is_closed());
-        // One that is not ready has not read the last answer's end yet, or writes a request still.
-        let ready = list.iter().rposition(|i| i.sender.is_ready())?;
-        Some(list.swap_remove(ready).sender)
+        while list.front().is_some_and(|i| now - i.since >= idle_time(port)) {
+            list.pop_front();
+        }
+        // The last one first, so that few are kept. One that is not ready has not read the last answer's end
+        // yet, or writes a request still.
+        let mut at = list.len();
+        for _ in 0..list.len().min(LOOKS) {
+            at -= 1;
+            if list[at].sender.is_closed() {
+                list.remove(at);
+            } else if list[at].sender.is_ready() {
+                return list.remove(at).map(|i| i.sender);
+            }
+        }
+        None
     }
 
     /// Keeps a connection, of which an answer was read to its end, for the next request.
@@ -123,9 +139,9 @@ impl Upstream {
         let mut idle = self.idle.lock();
         let list = idle.entry((worker(), port)).or_default();
         if list.len() >= MAX_IDLE {
-            list.remove(0);
+            list.pop_front();
         }
-        list.push(Idle { sender, since: Instant::now() });
+        list.push_back(Idle { sender, since: Instant::now() });
     }
 
     /// A new connection. Its task ends with the connection or with the sandbox.
@@ -147,8 +163,14 @@ impl Upstream {
         config: &ProxyConfig,
     ) -> Result<http2::SendRequest<Body>, ConnectError> {
         let key = (worker(), port);
-        if let Some(sender) = self.shared.lock().get(&key).filter(|s| !s.is_closed()) {
-            return Ok(sender.clone());
+        let standing = || self.shared.lock().get(&key).filter(|s| !s.is_closed()).cloned();
+        if let Some(sender) = standing() {
+            return Ok(sender);
+        }
+        // Those who come together open one together.
+        let _turn = self.opening.lock().await;
+        if let Some(sender) = standing() {
+            return Ok(sender);
         }
         let stream = self.open_stream(port, config, &[b"h2"]).await?;
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
@@ -197,11 +219,7 @@ impl Upstream {
         }
     }
 
-    async fn open_tcp(
-        &self,
-        address: SocketAddr,
-        config: &ProxyConfig,
-    ) -> Result<TcpStream, ConnectError> {
+    async fn open_tcp(&self, address: SocketAddr, config: &ProxyConfig) -> Result<TcpStream, ConnectError> {
         let end = Instant::now() + config.connect_retry;
         loop {
             let tried = tokio::select! {
