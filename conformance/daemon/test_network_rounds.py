@@ -56,13 +56,13 @@ def test_rounds_leave_exactly_the_slots_of_the_pool(daemon):
     before = {}
 
     def at_rest():
-        """The pool and the warm set are full again: twice the same."""
+        """The pool and the warm set are full, and no slot is more than that: twice the same."""
         now = network(daemon)
         same = now == before.get("now")
         before["now"] = now
         return same and now
 
-    first = wait_for("the pool to be at rest", at_rest, 60, every=0.5)
+    first = wait_for("the pool to be at rest", at_rest, 60, every=3)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(live_and_die, range(ROUNDS)))
     last = {}

@@ -38,6 +38,14 @@ pub enum NetworkError {
     /// The pool has been shut down.
     #[error("the network pool is shut down")]
     Closed,
+    /// A slot that was used is not as it was when it was made.
+    #[error("the network slot {slot} is not clean: {what}")]
+    NotClean {
+        /// Its namespace.
+        slot: String,
+        /// What is there, or is not.
+        what: String,
+    },
     /// The configured ranges do not hold the slots.
     #[error("bad network configuration: {0}")]
     Config(String),

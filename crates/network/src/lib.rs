@@ -11,8 +11,8 @@
 //! ```
 //!
 //! Default deny: a guest reaches the internet when its slot allows it, and never its host, another
-//! sandbox, or a private or link-local address. A slot is used once and then destroyed with its
-//! namespace: with it goes everything that a tenant could leave (connection tracking, neighbours).
+//! sandbox, or a private or link-local address. A slot that was used is made as it was (tap, rules, connection
+//! tracking, sockets), and used again only if a look at it finds nothing else.
 
 mod egress;
 mod error;

@@ -1,5 +1,6 @@
 //! Links, addresses, routes and neighbours over netlink (rtnetlink(7)).
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use futures::TryStreamExt;
@@ -96,18 +97,88 @@ pub fn configure_inside(a: &Addresses, host: &Namespace) -> Result<(), NetworkEr
         address(&handle, eth0, a.inner_ip, 31, "eth0").await?;
         up(&handle, eth0, "eth0").await?;
         route(&handle, Ipv4Addr::UNSPECIFIED, 0, a.outer_ip, eth0).await?;
-        let tap = index(&handle, TAP_NAME).await?;
-        let mac = LinkUnspec::new_with_index(tap).address(TAP_MAC_BYTES.to_vec()).build();
-        handle.link().set(mac).execute().await.map_err(fail("set the tap's MAC".into()))?;
-        address(&handle, tap, TAP_IP, 30, TAP_NAME).await?;
-        up(&handle, tap, TAP_NAME).await?;
-        handle
-            .neighbours()
-            .add(tap, IpAddr::V4(GUEST_IP))
-            .link_layer_address(&GUEST_MAC_BYTES)
+        tap(&handle).await
+    })
+}
+
+/// The tap once more, after it was made again: all that [`configure_inside`] gave the old one.
+pub fn configure_tap() -> Result<(), NetworkError> {
+    with_handle(async |handle| tap(&handle).await)
+}
+
+async fn tap(handle: &Handle) -> Result<(), NetworkError> {
+    let tap = index(handle, TAP_NAME).await?;
+    let mac = LinkUnspec::new_with_index(tap).address(TAP_MAC_BYTES.to_vec()).build();
+    handle.link().set(mac).execute().await.map_err(fail("set the tap's MAC".into()))?;
+    address(handle, tap, TAP_IP, 30, TAP_NAME).await?;
+    up(handle, tap, TAP_NAME).await?;
+    handle
+        .neighbours()
+        .add(tap, IpAddr::V4(GUEST_IP))
+        .link_layer_address(&GUEST_MAC_BYTES)
+        .execute()
+        .await
+        .map_err(fail("enter the guest as a neighbour".into()))
+}
+
+/// Links, addresses and routes of the calling thread's namespace, a line each, in an order of their own: two
+/// namespaces that are alike have the same.
+pub fn state() -> Result<Vec<String>, NetworkError> {
+    use netlink_packet_route::address::AddressAttribute;
+    use netlink_packet_route::link::LinkAttribute;
+    use netlink_packet_route::route::RouteAttribute;
+    with_handle(async |handle| {
+        let links: Vec<_> =
+            handle.link().get().execute().try_collect().await.map_err(fail("list the links".into()))?;
+        let mut names = HashMap::new();
+        for link in &links {
+            let name = link.attributes.iter().find_map(|a| match a {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            });
+            names.insert(link.header.index, name.unwrap_or_default());
+        }
+        let name = |index: u32| names.get(&index).cloned().unwrap_or_default();
+        let mut lines: Vec<String> = links.iter().map(|l| format!("link {}", name(l.header.index))).collect();
+        let addresses: Vec<_> = handle
+            .address()
+            .get()
             .execute()
+            .try_collect()
             .await
-            .map_err(fail("enter the guest as a neighbour".into()))
+            .map_err(fail("list the addresses".into()))?;
+        for a in addresses {
+            let ip = a.attributes.iter().find_map(|x| match x {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            });
+            lines.push(format!("address {} {ip:?}/{}", name(a.header.index), a.header.prefix_len));
+        }
+        let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let routes: Vec<_> =
+            handle.route().get(all).execute().try_collect().await.map_err(fail("list the routes".into()))?;
+        for r in routes {
+            let mut parts: Vec<String> = r
+                .attributes
+                .iter()
+                .filter_map(|a| match a {
+                    RouteAttribute::Oif(index) => Some(format!("dev {}", name(*index))),
+                    RouteAttribute::CacheInfo(_) => None,
+                    other => Some(format!("{other:?}")),
+                })
+                .collect();
+            parts.sort();
+            let h = r.header;
+            lines.push(format!(
+                "route /{} {:?} {:?} {}",
+                h.destination_prefix_length,
+                h.kind,
+                h.scope,
+                parts.join(" ")
+            ));
+        }
+        lines.sort();
+        Ok(lines)
     })
 }
 

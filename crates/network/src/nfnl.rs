@@ -9,11 +9,21 @@ use ipnet::Ipv4Net;
 
 use crate::NetworkError;
 
+const SUBSYS_CTNETLINK: u16 = 1;
 const SUBSYS_NFTABLES: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const NEWSETELEM: u16 = SUBSYS_NFTABLES << 8 | 12;
 const DELSETELEM: u16 = SUBSYS_NFTABLES << 8 | 14;
+const GETGEN: u16 = SUBSYS_NFTABLES << 8 | 16;
+const CT_GET: u16 = SUBSYS_CTNETLINK << 8 | 1;
+const CT_DELETE: u16 = SUBSYS_CTNETLINK << 8 | 2;
+/// CTA_TUPLE_ORIG with CTA_TUPLE_IP, CTA_IP_V4_SRC and CTA_IP_V4_DST in it; CTA_FILTER.
+const CT_TUPLE: u16 = 1;
+const CT_TUPLE_IP: u16 = 1;
+const CT_SOURCE: u16 = 1;
+const CT_DESTINATION: u16 = 2;
+const CT_FILTER: u16 = 25;
 const NLA_F_NESTED: u16 = 1 << 15;
 const INTERVAL_END: u32 = 1;
 /// linux/netfilter.h.
@@ -95,6 +105,114 @@ impl Netfilter {
         self.exchange(&batch, &format!("replace the sets of table {table}"))
     }
 
+    /// How often the rules of the namespace were changed, by whomever.
+    pub fn generation(&self) -> Result<u32, NetworkError> {
+        let mut batch = Batch::default();
+        batch.message(GETGEN, libc::NLM_F_REQUEST as u16, 0, 0, |_| {});
+        let action = "ask for the generation of the rules";
+        let messages = self.ask(&batch, false, action)?;
+        let id = messages.iter().find_map(|m| attributes(m).find(|(kind, _)| *kind == 1).map(|(_, v)| v));
+        let id = id.and_then(|v| v.try_into().ok()).map(u32::from_be_bytes);
+        id.ok_or_else(|| NetworkError::io(action, std::io::Error::other("the answer has none")))
+    }
+
+    /// Forgets every tracked connection of the namespace.
+    pub fn flush_conntrack(&self) -> Result<(), NetworkError> {
+        let mut batch = Batch::default();
+        batch.message(CT_DELETE, (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16, 0, 0, |_| {});
+        self.exchange(&batch, "flush connection tracking")
+    }
+
+    /// How many connections the namespace tracks.
+    pub fn connections(&self) -> Result<usize, NetworkError> {
+        let mut batch = Batch::default();
+        batch.message(
+            CT_GET,
+            (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16,
+            libc::AF_INET as u8,
+            0,
+            |_| {},
+        );
+        Ok(self.ask(&batch, true, "list tracked connections")?.len())
+    }
+
+    /// Forgets the tracked connections that an address began or that were made to it.
+    pub fn forget(&self, ip: Ipv4Addr) -> Result<(), NetworkError> {
+        for end in [CT_SOURCE, CT_DESTINATION] {
+            let mut batch = Batch::default();
+            let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
+            batch.message(CT_GET, flags, libc::AF_INET as u8, 0, |m| {
+                m.nested(CT_TUPLE, |m| {
+                    m.nested(CT_TUPLE_IP, |m| m.attribute(end, |m| m.bytes.extend(ip.octets())));
+                });
+                // A kernel before 5.8 does not know it, and lists all.
+                m.nested(CT_FILTER, |m| m.attribute(1, |m| m.bytes.extend((u32::from(end)).to_ne_bytes())));
+            });
+            let action = format!("list the connections of {ip}");
+            for message in self.ask(&batch, true, &action)? {
+                let Some((_, tuple)) = attributes(&message).find(|(kind, _)| *kind == CT_TUPLE) else {
+                    continue;
+                };
+                let ours = nested(tuple, CT_TUPLE_IP).and_then(|a| nested(a, end)) == Some(&ip.octets()[..]);
+                if ours {
+                    self.delete_connection(tuple)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn delete_connection(&self, tuple: &[u8]) -> Result<(), NetworkError> {
+        let mut batch = Batch::default();
+        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
+        batch.message(CT_DELETE, flags, libc::AF_INET as u8, 0, |m| {
+            m.nested(CT_TUPLE, |m| m.bytes.extend(tuple));
+        });
+        match self.exchange(&batch, "forget a connection") {
+            // It ended by itself.
+            Err(NetworkError::Io { source, .. }) if source.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Sends one request and collects what is answered, without the headers; to its end if it is a list.
+    fn ask(&self, batch: &Batch, list: bool, action: &str) -> Result<Vec<Vec<u8>>, NetworkError> {
+        let fd = self.socket.as_raw_fd();
+        // SAFETY: the buffer lives across the call.
+        let sent = unsafe { libc::send(fd, batch.bytes.as_ptr().cast(), batch.bytes.len(), 0) };
+        if usize::try_from(sent) != Ok(batch.bytes.len()) {
+            return Err(NetworkError::last(action));
+        }
+        let mut found = Vec::new();
+        let mut buffer = vec![0u8; 64 << 10];
+        loop {
+            // SAFETY: the kernel writes at most the buffer's length.
+            let got = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+            let Ok(got) = usize::try_from(got) else { return Err(NetworkError::last(action)) };
+            for message in messages(&buffer[..got]) {
+                if message.sequence != batch.first {
+                    continue;
+                }
+                match i32::from(message.kind) {
+                    libc::NLMSG_DONE => return Ok(found),
+                    libc::NLMSG_ERROR => {
+                        let code = message
+                            .body
+                            .get(..4)
+                            .and_then(|b| b.try_into().ok())
+                            .map_or(0, i32::from_ne_bytes);
+                        return Err(NetworkError::io(action, std::io::Error::from_raw_os_error(-code)));
+                    }
+                    // After nfgenmsg.
+                    _ => found.push(message.body.get(4..).unwrap_or_default().to_vec()),
+                }
+                if !list {
+                    return Ok(found);
+                }
+            }
+        }
+    }
+
     /// Sends and waits for the acknowledgement of each message that asks for one. The first error counts.
     fn exchange(&self, batch: &Batch, action: &str) -> Result<(), NetworkError> {
         let fd = self.socket.as_raw_fd();
@@ -133,22 +251,47 @@ impl Netfilter {
     }
 }
 
-/// Sequence numbers and codes of the acknowledgements in what the kernel sent.
-fn answers(mut bytes: &[u8]) -> Vec<(u32, i32)> {
-    let mut out = Vec::new();
-    while bytes.len() >= 20 {
-        let number = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+/// One message of the kernel.
+struct Message<'a> {
+    kind: u16,
+    sequence: u32,
+    body: &'a [u8],
+}
+
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+    std::iter::from_fn(move || {
+        let head = bytes.get(..16)?;
+        let number = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         let length = number(0) as usize;
-        let kind = u16::from_ne_bytes([bytes[4], bytes[5]]);
-        if length < 16 {
-            break;
-        }
-        if i32::from(kind) == libc::NLMSG_ERROR {
-            out.push((number(8), number(16).cast_signed()));
-        }
+        let body = bytes.get(16..length.min(bytes.len()))?;
+        let message = Message { kind: u16::from_ne_bytes([head[4], head[5]]), sequence: number(8), body };
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    out
+        Some(message)
+    })
+}
+
+/// Kinds and values of a run of attributes.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let head = bytes.get(..4)?;
+        let length = usize::from(u16::from_ne_bytes([head[0], head[1]]));
+        let kind = u16::from_ne_bytes([head[2], head[3]]) & !(NLA_F_NESTED | 1 << 14);
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+fn nested(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+}
+
+/// Sequence numbers and codes of the acknowledgements in what the kernel sent.
+fn answers(bytes: &[u8]) -> Vec<(u32, i32)> {
+    messages(bytes)
+        .filter(|m| i32::from(m.kind) == libc::NLMSG_ERROR)
+        .filter_map(|m| Some((m.sequence, i32::from_ne_bytes(m.body.get(..4)?.try_into().ok()?))))
+        .collect()
 }
 
 /// The ranges as sorted, disjoint intervals: first address, and the one after the last unless there is none.
@@ -263,6 +406,9 @@ mod tests {
         #[test]
         fn whatever_the_kernel_sends(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = answers(&bytes);
+            for message in messages(&bytes) {
+                let _ = attributes(message.body).count();
+            }
         }
     }
 }

@@ -3,29 +3,39 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use crate::nfnl::Netfilter;
 use crate::slot::{NetworkConfig, NetworkSlot};
 use crate::{NetworkError, firewall, link, netns_dir};
+
+/// When nobody took a slot for this long, those over the target go.
+const REST: Duration = Duration::from_secs(2);
+/// How often one of the slots that stand ready is looked at, while nothing else is to be done.
+const CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// Counters of a pool.
 #[derive(Debug, Default)]
 pub struct PoolStats {
     /// Slots made.
     pub created: AtomicU64,
+    /// Slots that were cleaned and found clean after a tenant, for the next one.
+    pub reused: AtomicU64,
+    /// Slots that were not clean, or were damaged while they stood ready.
+    pub unclean: AtomicU64,
     /// Slots destroyed.
     pub destroyed: AtomicU64,
     /// Attempts to make one that failed.
     pub failed: AtomicU64,
 }
 
-/// Keeps `target` slots ready. A released slot is destroyed, not reused: connection tracking and
-/// neighbours of a tenant go with its namespace, and a new one costs tens of milliseconds in the
-/// background.
+/// Keeps `target` slots ready. A released slot is cleaned, and what it was when it was made is checked; one that
+/// is not clean is destroyed, and another is made in its place. The one that was unused for longest comes first.
+/// While they come and go there may be twice as many ready, so that few are made.
 pub struct Pool {
     inner: Arc<Inner>,
     task: Mutex<Option<JoinHandle<()>>>,
@@ -35,6 +45,8 @@ struct Inner {
     config: NetworkConfig,
     target: usize,
     state: Mutex<State>,
+    /// Of the host's own namespace.
+    netfilter: Arc<Mutex<Netfilter>>,
     /// A slot became ready, an index free, or an attempt failed.
     ready: Notify,
     /// The maker has something to look at.
@@ -59,11 +71,12 @@ impl Pool {
     pub async fn start(config: NetworkConfig, target: usize) -> Result<Self, NetworkError> {
         config.check()?;
         let c = config.clone();
-        blocking(move || {
+        let netfilter = blocking(move || {
             netns_dir::prepare()?;
             firewall::apply(&c.table, &firewall::host_rules(&c))?;
             let path = "/proc/sys/net/ipv4/ip_forward";
-            std::fs::write(path, "1").map_err(|e| NetworkError::io(format!("turn on {path}"), e))
+            std::fs::write(path, "1").map_err(|e| NetworkError::io(format!("turn on {path}"), e))?;
+            Netfilter::open()
         })
         .await?;
         let state =
@@ -72,6 +85,7 @@ impl Pool {
             config,
             target,
             state: Mutex::new(state),
+            netfilter: Arc::new(Mutex::new(netfilter)),
             ready: Notify::new(),
             wanted: Notify::new(),
             closed: AtomicBool::new(false),
@@ -114,9 +128,9 @@ impl Pool {
         }
     }
 
-    /// Destroys a slot; its index becomes free.
+    /// Takes a slot back: for the next tenant if it can be made as it was and there is room, else it is destroyed.
     pub async fn release(&self, slot: NetworkSlot) {
-        self.inner.destroy(slot).await;
+        self.inner.give_back(slot).await;
     }
 
     /// Counters.
@@ -178,10 +192,16 @@ impl Inner {
     }
 
     async fn keep(self: Arc<Self>) {
-        let mut pause = Duration::ZERO;
+        let (mut pause, mut looked) = (Duration::ZERO, Instant::now());
         while !self.closed.load(Relaxed) {
             let Some(index) = self.next_index() else {
-                self.wanted.notified().await;
+                if tokio::time::timeout(REST, self.wanted.notified()).await.is_err() {
+                    self.trim().await;
+                    if looked.elapsed() >= CHECK_EVERY {
+                        looked = Instant::now();
+                        self.check_one().await;
+                    }
+                }
                 continue;
             };
             let config = self.config.clone();
@@ -213,12 +233,98 @@ impl Inner {
         }
     }
 
+    fn has_room(&self) -> bool {
+        let s = self.state.lock();
+        !self.closed.load(Relaxed) && s.slots.len() < (2 * self.target).max(s.waiting)
+    }
+
+    async fn give_back(&self, slot: NetworkSlot) {
+        if !self.has_room() {
+            return self.destroy(slot).await;
+        }
+        let index = slot.index();
+        let netfilter = self.netfilter.clone();
+        // Dropped with its namespace if it is not clean.
+        match blocking(move || slot.clean(&netfilter.lock())).await {
+            Ok(slot) => {
+                let refused = {
+                    let mut s = self.state.lock();
+                    if self.closed.load(Relaxed) {
+                        Some(slot)
+                    } else {
+                        s.slots.push_back(slot);
+                        None
+                    }
+                };
+                match refused {
+                    Some(slot) => self.destroy(slot).await,
+                    None => {
+                        self.stats.reused.fetch_add(1, Relaxed);
+                        self.ready.notify_waiters();
+                    }
+                }
+            }
+            Err(e) => {
+                tracing::warn!(index, "a network slot is torn down: {e}");
+                self.stats.unclean.fetch_add(1, Relaxed);
+                self.forget(index).await;
+            }
+        }
+    }
+
+    /// Destroys the slots that are more than the target.
+    async fn trim(&self) {
+        loop {
+            let surplus = {
+                let mut s = self.state.lock();
+                if s.slots.len() > self.target.max(s.waiting) { s.slots.pop_front() } else { None }
+            };
+            match surplus {
+                Some(slot) => self.destroy(slot).await,
+                None => return,
+            }
+        }
+    }
+
+    /// Looks at the slot that was ready for longest, and tears it down if it was damaged.
+    async fn check_one(&self) {
+        let slot = self.state.lock().slots.pop_front();
+        let Some(slot) = slot else { return };
+        let index = slot.index();
+        match blocking(move || slot.check().map(|()| slot)).await {
+            Ok(slot) => {
+                self.state.lock().slots.push_back(slot);
+                self.ready.notify_waiters();
+            }
+            Err(e) => {
+                tracing::warn!(index, "a network slot that stood ready is torn down: {e}");
+                self.stats.unclean.fetch_add(1, Relaxed);
+                self.forget(index).await;
+            }
+        }
+    }
+
     async fn destroy(&self, slot: NetworkSlot) {
-        let (index, veth) = (slot.index(), slot.addresses().veth.clone());
-        let removed = blocking(move || {
+        let index = slot.index();
+        let dropped = blocking(move || {
             drop(slot);
+            Ok(())
+        });
+        if let Err(e) = dropped.await {
+            tracing::warn!(index, "while a network slot was destroyed: {e}");
+        }
+        self.forget(index).await;
+    }
+
+    /// What is left of a slot whose namespace is gone.
+    async fn forget(&self, index: u32) {
+        let a = self.config.addresses(index);
+        let netfilter = self.netfilter.clone();
+        let removed = blocking(move || {
             // The kernel destroys a namespace when it likes; the name is wanted now.
-            link::remove_veth(&veth)
+            link::remove_veth(&a.veth)?;
+            // The address will be another tenant's.
+            netfilter.lock().forget(a.host_ip)
         });
         if let Err(e) = removed.await {
             tracing::warn!(index, "while a network slot was destroyed: {e}");

@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use ipnet::Ipv4Net;
 use parking_lot::Mutex;
@@ -143,6 +144,18 @@ pub struct NetworkSlot {
     netfilter: Arc<Mutex<Netfilter>>,
     /// What is in force.
     egress: Mutex<EgressRules>,
+    mode: TapMode,
+    pristine: Pristine,
+}
+
+/// What a slot was when it was made.
+#[derive(Debug)]
+struct Pristine {
+    /// Its namespace's links, addresses and routes.
+    state: Vec<String>,
+    /// Changes of its rules: those until then, and those that were ours since.
+    generation: u32,
+    changes: Arc<AtomicU32>,
 }
 
 impl NetworkSlot {
@@ -152,7 +165,7 @@ impl NetworkSlot {
         let namespace = Namespace::create(&addresses.namespace)?;
         let ruleset = firewall::slot_rules(&addresses, config);
         let host = Namespace::current()?;
-        let (tap, sockets, netfilter) = namespace.run({
+        let (tap, sockets, netfilter, pristine) = namespace.run({
             let (a, mode) = (addresses.clone(), config.tap);
             move || {
                 set_sysctls()?;
@@ -165,12 +178,88 @@ impl NetworkSlot {
                 };
                 link::configure_inside(&a, &host)?;
                 firewall::apply(&a.namespace, &ruleset)?;
-                Ok::<_, NetworkError>((tap, GatewaySockets::open()?, Netfilter::open()?))
+                let netfilter = Netfilter::open()?;
+                let (state, generation) = (link::state()?, netfilter.generation()?);
+                let pristine = Pristine { state, generation, changes: Arc::default() };
+                Ok::<_, NetworkError>((tap, GatewaySockets::open()?, netfilter, pristine))
             }
         })??;
         link::configure_host(&addresses)?;
         let netfilter = Arc::new(Mutex::new(netfilter));
-        Ok(Self { addresses, namespace, tap, sockets, netfilter, egress: Mutex::default() })
+        let (egress, mode) = (Mutex::default(), config.tap);
+        Ok(Self { addresses, namespace, tap, sockets, netfilter, egress, mode, pristine })
+    }
+
+    /// Makes it as it was: nothing of its last tenant is left, neither in the namespace nor in the connections
+    /// that the host tracks; `host` is the netfilter of that. Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// When it is not as it was then; it must be destroyed.
+    pub(crate) fn clean(self, host: &Netfilter) -> Result<Self, NetworkError> {
+        let Self { addresses, namespace, tap, sockets, netfilter, egress: _, mode, pristine } = self;
+        // Those who come late find nobody.
+        drop((tap, sockets));
+        let (tap, sockets) = namespace.run({
+            let (netfilter, a, changes) = (netfilter.clone(), addresses.clone(), pristine.changes.clone());
+            move || {
+                let netfilter = netfilter.lock();
+                // What is still on its way, if anything, goes nowhere.
+                replace(
+                    &netfilter,
+                    &EgressRules { denied: vec![Ipv4Net::default()], ..EgressRules::default() },
+                )?;
+                // A tap that a program has open cannot be made again.
+                let tap = match mode {
+                    TapMode::Open => Some(tap::create(crate::TAP_NAME)?),
+                    TapMode::Named { uid_base } => {
+                        tap::remove(crate::TAP_NAME)?;
+                        tap::create_for(crate::TAP_NAME, uid_base + a.index)?;
+                        None
+                    }
+                };
+                link::configure_tap()?;
+                netfilter.flush_conntrack()?;
+                replace(&netfilter, &EgressRules::default())?;
+                changes.fetch_add(2, Relaxed);
+                Ok::<_, NetworkError>((tap, GatewaySockets::open()?))
+            }
+        })??;
+        host.forget(addresses.host_ip)?;
+        let slot =
+            Self { addresses, namespace, tap, sockets, netfilter, egress: Mutex::default(), mode, pristine };
+        slot.check()?;
+        Ok(slot)
+    }
+
+    /// Whether it is as it was when it was made. Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// [`NetworkError::NotClean`] with what is not.
+    pub(crate) fn check(&self) -> Result<(), NetworkError> {
+        let netfilter = self.netfilter.clone();
+        let (state, generation, tracked) = self.namespace.run(move || {
+            let netfilter = netfilter.lock();
+            Ok::<_, NetworkError>((link::state()?, netfilter.generation()?, netfilter.connections()?))
+        })??;
+        let unclean = |what: String| NetworkError::NotClean { slot: self.addresses.namespace.clone(), what };
+        let was = &self.pristine;
+        if let Some(line) = state.iter().find(|l| !was.state.contains(l)) {
+            return Err(unclean(format!("{line} is in it")));
+        }
+        if let Some(line) = was.state.iter().find(|l| !state.contains(l)) {
+            return Err(unclean(format!("{line} is no longer in it")));
+        }
+        let ours = was.generation + was.changes.load(Relaxed);
+        if generation != ours {
+            return Err(unclean(format!(
+                "its rules were changed {} times by others",
+                generation.wrapping_sub(ours)
+            )));
+        }
+        if tracked != 0 {
+            return Err(unclean(format!("{tracked} connections are tracked in it")));
+        }
+        Ok(())
     }
 
     /// Its index.
@@ -229,7 +318,15 @@ impl NetworkSlot {
             return Ok(());
         }
         let (netfilter, wanted) = (self.netfilter.clone(), rules.clone());
-        tokio::task::spawn_blocking(move || replace(&netfilter.lock(), &wanted))
+        let changes = self.pristine.changes.clone();
+        let work = move || {
+            let netfilter = netfilter.lock();
+            replace(&netfilter, &wanted)?;
+            // Also when nobody waits for it any more.
+            changes.fetch_add(1, Relaxed);
+            Ok::<_, NetworkError>(())
+        };
+        tokio::task::spawn_blocking(work)
             .await
             .map_err(|e| NetworkError::io("change a slot's rules", std::io::Error::other(e)))??;
         *self.egress.lock() = rules.clone();

@@ -25,6 +25,19 @@ pub fn create_for(name: &str, owner: u32) -> Result<(), NetworkError> {
     Ok(())
 }
 
+/// Removes the tap `name` that [`create_for`] made from the calling thread's namespace.
+///
+/// # Errors
+/// When a program has it open.
+pub fn remove(name: &str) -> Result<(), NetworkError> {
+    let file = attach(name)?;
+    // SAFETY: takes a number by value (linux/if_tun.h).
+    if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETPERSIST as _, 0 as libc::c_ulong) } < 0 {
+        return Err(NetworkError::last(format!("give up the tap {name}")));
+    }
+    Ok(())
+}
+
 /// linux/if_tun.h: _IOW('T', 203 and 204, int).
 const TUNSETPERSIST: u32 = 0x4004_54cb;
 const TUNSETOWNER: u32 = 0x4004_54cc;

@@ -175,3 +175,42 @@ async fn a_guest_cannot_be_somebody_else() {
     assert!(connect(&guest, target, net::PORT, SHORT).is_err());
     guest.end(pool).await;
 }
+
+/// A slot's next tenant hears nothing of what was said to the one before.
+#[tokio::test(flavor = "multi_thread")]
+async fn late_packets_do_not_reach_the_next_tenant() {
+    let internet = Internet::start("late", 3);
+    let config = NetworkConfig { max_slots: 1, ..config(31_300, "nidus_test_late") };
+    let (pool, first) = Guest::start(config, "late").await;
+    let (index, server_ip) = (first.slot.index(), internet.ip(ONE));
+    let server = internet.inside(move || std::net::UdpSocket::bind((server_ip, 4000)).unwrap());
+    server.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+    let asked = first.inside(move || {
+        let socket = std::net::UdpSocket::bind(("0.0.0.0", 4001)).unwrap();
+        socket.send_to(b"question", (server_ip, 4000)).unwrap();
+        socket
+    });
+    let mut buffer = [0; 100];
+    let (_, masqueraded) = server.recv_from(&mut buffer).unwrap();
+    // In time it is heard.
+    server.send_to(b"in time", masqueraded).unwrap();
+    asked.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+    assert_eq!(asked.recv(&mut buffer).unwrap(), 7);
+    drop(asked);
+    pool.release(first.leave()).await;
+    let slot = pool.acquire().await.unwrap();
+    assert_eq!((slot.index(), pool.stats().reused.load(std::sync::atomic::Ordering::Relaxed)), (index, 1));
+    let second = Guest::attach(slot, "late");
+    let (waiting, other) = second.inside(move || {
+        let other = std::net::UdpSocket::bind(("0.0.0.0", 4002)).unwrap();
+        (std::net::UdpSocket::bind(("0.0.0.0", 4001)).unwrap(), other)
+    });
+    server.send_to(b"too late", masqueraded).unwrap();
+    // An echo to the new one is behind it on every way.
+    other.send_to(b"hello", (server_ip, net::PORT)).unwrap();
+    other.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+    assert_eq!(other.recv(&mut buffer).unwrap(), 5);
+    waiting.set_nonblocking(true).unwrap();
+    assert!(waiting.recv(&mut buffer).is_err(), "the next tenant got what was the first one's");
+    second.end(pool).await;
+}

@@ -70,6 +70,11 @@ impl Internet {
         this
     }
 
+    /// Runs `work` on one of its hosts.
+    pub fn inside<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        within(&self.name, work)
+    }
+
     pub fn ip(&self, last: u8) -> Ipv4Addr {
         Ipv4Addr::new(203, 0, 113, 32 * self.net + last)
     }
@@ -112,6 +117,11 @@ impl Guest {
         reclaim(&config).unwrap();
         let pool = Pool::start(config, 1).await.unwrap();
         let slot = pool.acquire().await.unwrap();
+        (pool, Self::attach(slot, name))
+    }
+
+    /// A guest in a slot.
+    pub fn attach(slot: NetworkSlot, name: &str) -> Self {
         let name = format!("nidus-guest-{name}");
         let _ = Command::new("ip").args(["netns", "del", &name]).output();
         run(&["netns", "add", &name]);
@@ -128,7 +138,7 @@ impl Guest {
         this.ip(&["link", "set", "eth0", "address", nidus_network::GUEST_MAC, "up"]);
         this.ip(&["addr", "add", &format!("{}/30", nidus_network::GUEST_IP), "dev", "eth0"]);
         this.ip(&["route", "add", "default", "via", &nidus_network::TAP_IP.to_string()]);
-        (pool, this)
+        this
     }
 
     /// `ip` inside of it.
@@ -141,14 +151,19 @@ impl Guest {
         within(&self.name, work)
     }
 
-    /// Gives everything back.
-    pub async fn end(self, pool: Pool) {
+    /// Ends it; its slot is left.
+    pub fn leave(self) -> NetworkSlot {
         self.stop.store(true, Relaxed);
         for pump in self.pumps {
             pump.join().unwrap();
         }
         let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
-        pool.release(self.slot).await;
+        self.slot
+    }
+
+    /// Gives everything back.
+    pub async fn end(self, pool: Pool) {
+        pool.release(self.leave()).await;
         pool.shutdown().await;
     }
 }
