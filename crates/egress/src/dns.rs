@@ -213,7 +213,7 @@ pub fn parse_question(bytes: &[u8]) -> Result<Asked, Option<Box<Message>>> {
     Ok(Asked { message, question, host })
 }
 
-/// An answer without records.
+/// An answer to a question, without records.
 pub fn reply(asked: &Message, code: ResponseCode) -> Message {
     let mut answer = Message::error_msg(asked.metadata.id, OpCode::Query, code);
     answer.metadata.recursion_desired = asked.metadata.recursion_desired;
@@ -241,7 +241,7 @@ pub fn checked_reply(asked: &Message, upstream: Message, forbidden: impl Fn(Ipv4
     answer
 }
 
-/// Its bytes for a datagram: what does not fit says so, and the guest asks again over TCP.
+/// The bytes of an answer for a datagram: what does not fit says so, and the guest asks again over TCP.
 pub fn datagram(asked: &Message, answer: &Message) -> io::Result<Vec<u8>> {
     let limit = asked.edns.as_ref().map_or(512, |e| e.max_payload().clamp(512, 4096));
     let wire = answer.to_vec().map_err(io::Error::other)?;

@@ -34,6 +34,13 @@ pub enum Sandbox {
         #[arg(long)]
         user: Option<String>,
     },
+    /// Replace what one may reach, while it runs; without options it may reach the whole internet
+    Network {
+        /// Its id
+        id: String,
+        #[command(flatten)]
+        reach: Reach,
+    },
     /// End sandboxes
     Kill {
         /// Their ids
@@ -45,9 +52,28 @@ pub enum Sandbox {
     },
 }
 
+/// What a sandbox may reach.
+#[derive(Debug, Args)]
+pub struct Reach {
+    /// Address, CIDR or domain that it may reach in spite of --deny-out
+    #[arg(long, value_name = "CIDR|DOMAIN")]
+    allow_out: Vec<String>,
+    /// Address or CIDR that it may not reach; 0.0.0.0/0 for everything that is not allowed
+    #[arg(long, value_name = "CIDR")]
+    deny_out: Vec<String>,
+}
+
+impl Reach {
+    fn to_json(&self) -> serde_json::Value {
+        json!({ "allowOut": self.allow_out, "denyOut": self.deny_out })
+    }
+}
+
 /// A new sandbox.
 #[derive(Debug, Args)]
 pub struct Create {
+    #[command(flatten)]
+    reach: Reach,
     /// Name or id of the template
     #[arg(default_value = "base")]
     template: String,
@@ -99,7 +125,7 @@ pub async fn run(command: Sandbox, config: &Config, out: Output) -> anyhow::Resu
             let metadata: HashMap<_, _> = create.metadata.into_iter().collect();
             let body = json!({
                 "templateID": create.template, "timeout": create.timeout, "envVars": envs, "metadata": metadata,
-                "allow_internet_access": !create.no_internet,
+                "allow_internet_access": !create.no_internet, "network": create.reach.to_json(),
             });
             let made = client.call(Method::POST, "/v2/sandboxes", Some(body)).await?;
             if out.json {
@@ -111,6 +137,12 @@ pub async fn run(command: Sandbox, config: &Config, out: Output) -> anyhow::Resu
         Sandbox::List => list(&client, out).await?,
         Sandbox::Exec(exec) => return run_command(&client, exec).await,
         Sandbox::Connect { id, user } => return shell(&client, &id, user).await,
+        Sandbox::Network { id, reach } => {
+            client.call(Method::PUT, &format!("/sandboxes/{id}/network"), Some(reach.to_json())).await?;
+            if out.json {
+                out.value(&reach.to_json())?;
+            }
+        }
         Sandbox::Kill { ids, all } => {
             let ids = if all { all_ids(&client).await? } else { ids };
             for id in &ids {
