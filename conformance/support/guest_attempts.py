@@ -1,6 +1,6 @@
 """Runs *inside* a sandbox, as root: one attempt to reach something, whatever it takes.
 
-Argument: JSON {"how": NAME, ...}, the rest being the function's arguments. Prints what the guest saw, one word or a
+Argument: JSON {"how": NAME, "args": [...], "named": {...}, "wait": SECONDS}. Prints what the guest saw, one word or a
 few: `ok…` when something answered, `none` when nothing did. Whether a packet arrived the other end knows.
 """
 
@@ -13,14 +13,15 @@ import ssl
 import struct
 import sys
 
-WAIT = 1.0
+# Seconds for an answer. Nothing shows sooner that there is none.
+WAIT = 10.0
 TAP_MAC = bytes.fromhex("02fc00000006")
 OWN_MAC = bytes.fromhex("02fc00000005")
 OWN_IP = "169.254.0.21"
 
 
-def connect(ip, port, wait=WAIT):
-    return socket.create_connection((ip, port), timeout=wait)
+def connect(ip, port, wait=None):
+    return socket.create_connection((ip, port), timeout=wait or WAIT)
 
 
 def tcp(ip, port, data="hello\n"):
@@ -310,7 +311,9 @@ def me(url="http://192.0.2.1/me"):
 
 
 def main():
+    global WAIT
     asked = json.loads(sys.argv[1])
+    WAIT = asked["wait"]
     try:
         print(globals()[asked["how"]](*asked.get("args", []), **asked.get("named", {})))
     except (TimeoutError, socket.timeout):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -21,6 +22,18 @@ GOOD, EVIL, DNS, FOREIGN_DNS, SOCKS, DEAD = (f"198.51.100.{n}" for n in (10, 20,
 PRIVATE = ["192.168.77.2", "10.99.0.2", "172.30.0.2", "100.64.9.2", "169.254.169.254"]
 PUBLIC_RESOLVER = "8.8.8.8"
 """What guests ask unless told otherwise; a host of the net answers for it, as a foreign resolver."""
+
+
+def prepare(sandbox) -> None:
+    """Gives a sandbox what `attempt` runs."""
+    text = (Path(__file__).parent / "guest_attempts.py").read_text()
+    sandbox.files.write("/root/attempt.py", text, user="root")
+
+
+def attempt(sandbox, how: str, *args, wait: float = 10, **named) -> str:
+    """What a guest saw that tried something, as root, and waited so long; see `guest_attempts.py`."""
+    asked = json.dumps({"how": how, "args": args, "named": named, "wait": wait})
+    return sandbox.commands.run(f"python3 /root/attempt.py {shlex.quote(asked)}", user="root", timeout=60).stdout.strip()
 
 
 def run(*args: str, check: bool = True) -> None:

@@ -39,7 +39,10 @@ use crate::{Policy, host_name};
 
 /// How long a client may take for the head of a request, or for TLS.
 const HEAD_TIME: Duration = Duration::from_secs(15);
-const MAX_STREAMS: u32 = 100;
+const MAX_STREAMS: u32 = 64;
+/// What one connection may have in memory, on either side.
+const MAX_BUFFER: usize = 64 << 10;
+const WINDOW: u32 = 256 << 10;
 
 type Body = EitherBody<Incoming, Full<Bytes>>;
 
@@ -88,6 +91,9 @@ async fn serve<S>(
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(Duration::from_secs(60))
         .pool_max_idle_per_host(8)
+        .http1_max_buf_size(MAX_BUFFER)
+        .http2_initial_connection_window_size(WINDOW)
+        .http1_title_case_headers(true)
         .build(connector);
     let flow = Arc::new(Flow { slot: slot.clone(), guard, to, sni, client });
     let service = service_fn(move |request| {
@@ -95,8 +101,17 @@ async fn serve<S>(
         async move { Ok::<_, Infallible>(flow.clone().request(request).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).preserve_header_case(true);
-    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(MAX_STREAMS);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME)
+        .max_buf_size(MAX_BUFFER)
+        .title_case_headers(true);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_connection_window_size(WINDOW);
     if let Err(e) = builder.serve_connection_with_upgrades(TokioIo::new(guest), service).await {
         tracing::debug!(%to, "a guest's HTTP: {e}");
     }

@@ -20,8 +20,8 @@ use crate::sniff::{MAX_HEAD, Sniffed, sniff};
 
 /// How long a client may take to say where it wants to go.
 const HEAD_TIME: Duration = Duration::from_secs(10);
-/// Bytes in each direction of a flow.
-const COPY_BYTES: usize = 32 << 10;
+/// Bytes in each direction of a flow. A guest may have hundreds of flows.
+const COPY_BYTES: usize = 16 << 10;
 
 /// Serves a slot's listener until the slot is closed.
 pub async fn serve(slot: Arc<Slot>, listener: TcpListener) {

@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::sync::atomic::Ordering::Relaxed;
 
-use nidus_network::{EgressRules, NetworkConfig, Pool, TcpRedirect, reclaim};
+use nidus_network::{EgressRules, NetworkConfig, Pool, TapMode, TcpRedirect, reclaim};
 
 fn config(first_index: u32, table: &str) -> NetworkConfig {
     NetworkConfig { first_index, max_slots: 20, table: table.into(), ..NetworkConfig::default() }
@@ -110,6 +110,31 @@ async fn a_slot_that_is_not_as_it_was_is_torn_down() {
     pool.release(slot).await;
     assert_eq!(pool.stats().unclean.load(Relaxed), 7);
     drop(held);
+    pool.shutdown().await;
+    assert_eq!(host(&c)[..3], [0, 0, 0]);
+}
+
+/// As Firecracker has its tap: by name, as a user of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tap_that_is_opened_by_name_is_made_again() {
+    let named = TapMode::Named { uid_base: 1_700_000_000 };
+    let c = NetworkConfig { max_slots: 1, tap: named, ..config(31_560, "nidus_test_named") };
+    reclaim(&c).unwrap();
+    let pool = Pool::start(c.clone(), 1).await.unwrap();
+    for n in 1..=3 {
+        let slot = pool.acquire().await.unwrap();
+        pool.release(slot).await;
+        assert_eq!((pool.stats().reused.load(Relaxed), pool.stats().unclean.load(Relaxed)), (n, 0));
+    }
+    let slot = pool.acquire().await.unwrap();
+    let name = slot.addresses().namespace.clone();
+    let shown = Command::new("ip").args(["-n", &name, "tuntap", "show"]).output().unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(
+        shown.contains("persist") && shown.contains(&format!("user {}", 1_700_000_000 + slot.index())),
+        "{shown}"
+    );
+    pool.release(slot).await;
     pool.shutdown().await;
     assert_eq!(host(&c)[..3], [0, 0, 0]);
 }

@@ -29,7 +29,7 @@ const ALIASES: &[(&str, &str)] = &[
 
 const DNS_PORT: u16 = 53;
 /// Connections and questions of one sandbox that the gateway carries at once.
-const MAX_FLOWS: usize = 1024;
+const MAX_FLOWS: usize = 512;
 const MAX_QUESTIONS: usize = 64;
 
 /// Everything that can be set. Each field is `NIDUS_` and its name in capitals in the environment.
