@@ -214,3 +214,46 @@ async fn late_packets_do_not_reach_the_next_tenant() {
     assert!(waiting.recv(&mut buffer).is_err(), "the next tenant got what was the first one's");
     second.end(pool).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_may_have_at_once_is_bounded() {
+    let internet = Internet::start("lim", 4);
+    let limits = NetworkConfig {
+        max_bandwidth: Some(64 << 10),
+        max_connections: Some(5),
+        ..config(31_320, "nidus_test_lim")
+    };
+    let (pool, guest) = Guest::start(limits, "lim").await;
+    let ip = internet.ip(ONE);
+    let standing: Vec<_> = (0..8).map(|_| connect(&guest, ip, net::PORT, SHORT)).collect();
+    assert_eq!(standing.iter().filter(|c| c.is_ok()).count(), 5);
+    // One that has ended makes room, when the kernel has forgotten it.
+    drop(standing);
+
+    let server = internet.inside(move || UdpSocket::bind((ip, 4000)).unwrap());
+    server.set_read_timeout(Some(LONG)).unwrap();
+    let sender = guest.inside(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    const SENT: usize = 1000;
+    for _ in 0..SENT {
+        sender.send_to(&[0; 1000], (ip, 4000)).unwrap();
+    }
+    // A mark gets through when there is room again.
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let marks = std::thread::spawn({
+        let stop = stop.clone();
+        move || {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                sender.send_to(b"mark", (ip, 4000)).unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    });
+    let (mut arrived, mut buffer) = (0, [0; 2000]);
+    while server.recv(&mut buffer).unwrap() != 4 {
+        arrived += 1;
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    marks.join().unwrap();
+    assert!((10..SENT / 2).contains(&arrived), "{arrived} of {SENT} datagrams arrived");
+    guest.end(pool).await;
+}
