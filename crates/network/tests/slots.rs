@@ -92,10 +92,10 @@ async fn namespaces_of_others_come_and_go_beside_ours() {
     let foreign = format!("nidus-foreign-{}", std::process::id());
     assert_eq!(out("ip", &["netns", "add", &foreign]), "");
     pool.release(slot).await;
+    pool.shutdown().await;
     assert!(!path.exists());
     assert!(!std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(path.to_str().unwrap()));
     assert_eq!(out("ip", &["netns", "delete", &foreign]), "");
-    pool.shutdown().await;
 }
 
 /// What `nidus doctor` says must agree with what the other tests here do.
