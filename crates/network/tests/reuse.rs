@@ -7,6 +7,9 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use nidus_network::{EgressRules, NetworkConfig, Pool, TapMode, TcpRedirect, reclaim};
 
+/// One after the other: they count what is on the host and in this process.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 fn config(first_index: u32, table: &str) -> NetworkConfig {
     NetworkConfig { first_index, max_slots: 20, table: table.into(), ..NetworkConfig::default() }
 }
@@ -43,6 +46,7 @@ async fn full(pool: &Pool, target: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_rounds_leave_the_slots_of_the_pool() {
+    let _turn = TURN.lock().await;
     let c = config(31_500, "nidus_test_reuse");
     reclaim(&c).unwrap();
     let pool = Pool::start(c.clone(), 3).await.unwrap();
@@ -80,6 +84,7 @@ async fn two_hundred_rounds_leave_the_slots_of_the_pool() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_is_not_as_it_was_is_torn_down() {
+    let _turn = TURN.lock().await;
     // No other one can be made: there is always room for it.
     let c = NetworkConfig { max_slots: 1, ..config(31_540, "nidus_test_damage") };
     reclaim(&c).unwrap();
@@ -117,6 +122,7 @@ async fn a_slot_that_is_not_as_it_was_is_torn_down() {
 /// As Firecracker has its tap: by name, as a user of its own.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tap_that_is_opened_by_name_is_made_again() {
+    let _turn = TURN.lock().await;
     let named = TapMode::Named { uid_base: 1_700_000_000 };
     let c = NetworkConfig { max_slots: 1, tap: named, ..config(31_560, "nidus_test_named") };
     reclaim(&c).unwrap();
