@@ -103,15 +103,16 @@ def test_pages_and_answers_of_the_proxy_itself(node, certificate):
     page = curl(node, certificate, host, "-H", "Accept: text/html")
     assert "text/html" in page and "<h1>The sandbox was not found</h1>" in page
     answer = curl(node, certificate, host)
-    assert json.loads(answer.split("\r\n\r\n")[1])["message"] == "The sandbox was not found"
+    assert json.loads(answer.split("\n\n")[1])["message"] == "The sandbox was not found"
 
 
 def test_an_answer_that_stalls_is_cut(node, sandbox_id):
     daemon, _ = node
     headers = {"E2b-Sandbox-Id": sandbox_id, "E2b-Sandbox-Port": "8000"}
     with pytest.raises(httpx.RemoteProtocolError), httpx.stream("GET", daemon.sandbox_url, headers=headers, timeout=30) as answer:
-        assert next(answer.iter_raw()) == b"first"
-        answer.read()
+        pieces = answer.iter_raw()
+        assert next(pieces) == b"first"
+        list(pieces)
 
 
 def test_grpc_reaches_a_server_in_the_guest(node, sandbox_id):
@@ -124,9 +125,3 @@ def test_grpc_reaches_a_server_in_the_guest(node, sandbox_id):
         call(b"x", metadata=[("e2b-sandbox-id", sandbox_id), ("e2b-sandbox-port", "9999")], timeout=20)
     assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
     channel.close()
-
-
-def test_half_a_configuration_is_one_sentence(tmp_path, certificate):
-    daemon = Daemon(extra_env={"NIDUS_PROXY_TLS_CERT": str(certificate[0])}, log_path=tmp_path / "nidus.log")
-    done = daemon.cli("serve", timeout=60)
-    assert done.returncode == 1 and "belong together" in done.stderr, done.stderr
