@@ -2,11 +2,25 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+/// One count.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    pub fn one(&self) {
+        self.add(1);
+    }
+
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+}
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// Counts since the start, of all sandboxes together.
         #[derive(Debug, Default)]
-        pub struct Counters { $($name: AtomicU64),* }
+        pub struct Counters { $(pub $name: Counter),* }
 
         /// What [`Counters`] were at one time.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -15,7 +29,7 @@ macro_rules! counters {
         impl Counters {
             /// As they are now.
             pub fn snapshot(&self) -> CounterSnapshot {
-                CounterSnapshot { $($name: self.$name.load(Relaxed)),* }
+                CounterSnapshot { $($name: self.$name.0.load(Relaxed)),* }
             }
         }
     };
@@ -46,51 +60,4 @@ counters! {
     dns_refused,
     /// Questions that no resolver answered.
     dns_failed,
-}
-
-impl Counters {
-    pub(crate) fn allowed(&self) {
-        self.flows_allowed.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn denied(&self) {
-        self.flows_denied.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn failed(&self) {
-        self.flows_failed.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn cut(&self) {
-        self.flows_cut.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn over_limit(&self) {
-        self.flows_over_limit.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn carried(&self, up: u64, down: u64) {
-        self.bytes_up.fetch_add(up, Relaxed);
-        self.bytes_down.fetch_add(down, Relaxed);
-    }
-
-    pub(crate) fn request_changed(&self) {
-        self.requests_changed.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn request_denied(&self) {
-        self.requests_denied.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn answered(&self) {
-        self.dns_answered.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn refused(&self) {
-        self.dns_refused.fetch_add(1, Relaxed);
-    }
-
-    pub(crate) fn unanswered(&self) {
-        self.dns_failed.fetch_add(1, Relaxed);
-    }
 }

@@ -103,23 +103,31 @@ impl Dialer {
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     {
-        let name = ServerName::try_from(host.to_owned())
-            .map_err(|e| failed(host)(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
-        let mut config = self.client(self.roots.clone()).map_err(failed(host))?;
-        config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
-        let connecting = TlsConnector::from(Arc::new(config)).connect(name, stream);
-        match timeout(CONNECT_TIME, connecting).await {
+        match timeout(CONNECT_TIME, self.handshake(stream, host, self.roots.clone(), alpn)).await {
             Ok(done) => done.map_err(failed(host)),
             Err(_) => Err(failed(host)(io::ErrorKind::TimedOut.into())),
         }
     }
 
-    fn client(&self, roots: Arc<RootCertStore>) -> io::Result<ClientConfig> {
-        Ok(ClientConfig::builder_with_provider(self.provider.clone())
+    async fn handshake<S>(
+        &self,
+        stream: S,
+        name: &str,
+        roots: Arc<RootCertStore>,
+        alpn: &[&[u8]],
+    ) -> io::Result<TlsStream<S>>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    {
+        let name = ServerName::try_from(name.to_owned())
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(io::Error::other)?
             .with_root_certificates(roots)
-            .with_no_client_auth())
+            .with_no_client_auth();
+        config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+        TlsConnector::from(Arc::new(config)).connect(name, stream).await
     }
 
     /// The addresses of a proxy that may be used; the name is looked up each time, and what is found is used.
@@ -156,11 +164,8 @@ impl Dialer {
             roots.add_parsable_certificates(CertificateDer::pem_slice_iter(tls.ca_cert.as_bytes()).flatten());
             Arc::new(roots)
         };
-        let name = if tls.server_name.is_empty() { host } else { tls.server_name.clone() };
-        let name =
-            ServerName::try_from(name).map_err(|e| wrap()(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
-        let config = Arc::new(self.client(roots).map_err(wrap())?);
-        let mut stream = TlsConnector::from(config).connect(name, stream).await.map_err(wrap())?;
+        let name = if tls.server_name.is_empty() { &host } else { &tls.server_name };
+        let mut stream = self.handshake(stream, name, roots, &[]).await.map_err(wrap())?;
         socks::connect(&mut stream, proxy, to).await.map_err(wrap())?;
         Ok(Either::Right(stream))
     }

@@ -61,39 +61,23 @@ impl Flows {
     }
 
     /// Notes a flow, under the policy that it was let through by; `None` when another one is in force
-    /// that does not allow it.
+    /// that does not allow it. Of one that is `undecided` each request is decided on, by
+    /// [`FlowGuard::turn_to`].
     pub fn enter(
         self: &Arc<Self>,
         policy: &Policy,
         destination: Ipv4Addr,
         host: Option<String>,
+        undecided: bool,
     ) -> Option<FlowGuard> {
-        self.add(Flow {
-            destination,
-            host,
-            undecided: false,
-            proxy: policy.proxy().cloned(),
-            cut: CancellationToken::new(),
-        })
-    }
-
-    /// Notes a flow of which each request is decided on, by [`FlowGuard::turn_to`].
-    pub fn enter_undecided(self: &Arc<Self>, policy: &Policy, destination: Ipv4Addr) -> Option<FlowGuard> {
-        self.add(Flow {
-            destination,
-            host: None,
-            undecided: true,
-            proxy: policy.proxy().cloned(),
-            cut: CancellationToken::new(),
-        })
-    }
-
-    fn add(self: &Arc<Self>, flow: Flow) -> Option<FlowGuard> {
+        let cut = CancellationToken::new();
+        let proxy = policy.proxy().cloned();
+        let flow = Flow { destination, host, undecided, proxy, cut: cut.clone() };
         let mut state = self.0.lock();
         if !flow.allowed_by(&state.policy) {
             return None;
         }
-        let (id, cut) = (state.next, flow.cut.clone());
+        let id = state.next;
         state.next += 1;
         state.flows.insert(id, flow);
         Some(FlowGuard { flows: self.clone(), id, cut, permit: None })
@@ -160,14 +144,16 @@ mod tests {
         let ip = Ipv4Addr::new(203, 0, 113, 1);
         let first = policy(&["a.example", "b.example"], &["203.0.113.1"]);
         let flows = Arc::new(Flows::new(first.clone()));
-        let enter = |host: Option<&str>, ip| flows.enter(&first, ip, host.map(str::to_owned)).unwrap();
+        let enter = |host: Option<&str>, ip| flows.enter(&first, ip, host.map(str::to_owned), false).unwrap();
         let a = enter(Some("a.example"), Ipv4Addr::new(198, 51, 100, 1));
         let b = enter(Some("b.example"), Ipv4Addr::new(198, 51, 100, 1));
         let address = enter(None, ip);
         let second = policy(&["a.example"], &["203.0.113.1"]);
         assert_eq!(flows.replace(second), 1);
         assert!(b.cut().is_cancelled() && !a.cut().is_cancelled() && !address.cut().is_cancelled());
-        assert!(flows.enter(&first, Ipv4Addr::new(198, 51, 100, 1), Some("b.example".into())).is_none());
+        assert!(
+            flows.enter(&first, Ipv4Addr::new(198, 51, 100, 1), Some("b.example".into()), false).is_none()
+        );
         assert!(a.turn_to(Some("b.example")).is_none());
         assert!(a.turn_to(Some("a.example")).is_some());
         drop(b);
@@ -177,7 +163,7 @@ mod tests {
     #[test]
     fn a_flow_beside_a_new_proxy_is_cut() {
         let flows = Arc::new(Flows::new(Policy::open()));
-        let flow = flows.enter(&Policy::open(), Ipv4Addr::new(203, 0, 113, 1), None).unwrap();
+        let flow = flows.enter(&Policy::open(), Ipv4Addr::new(203, 0, 113, 1), None, false).unwrap();
         let proxy = SocksProxy { address: "203.0.113.2:1080".into(), ..Default::default() };
         let with = EgressConfig { proxy: Some(proxy), ..EgressConfig::default() };
         assert_eq!(flows.replace(Policy::parse(&with, &[]).unwrap()), 1);

@@ -35,7 +35,7 @@ pub async fn serve_udp(slot: Arc<Slot>, socket: UdpSocket) {
         };
         // Over the limit it is as if the datagram was lost: the guest asks again.
         let Ok(permit) = slot.questions.clone().try_acquire_owned() else {
-            slot.counters().over_limit();
+            slot.counters().flows_over_limit.one();
             continue;
         };
         let (bytes, slot, socket) = (buffer[..n].to_vec(), slot.clone(), socket.clone());
@@ -66,18 +66,9 @@ async fn one(slot: &Slot, socket: &UdpSocket, bytes: &[u8], from: SocketAddr) {
 
 /// Answers connections until the slot is closed.
 pub async fn serve_tcp(slot: Arc<Slot>, listener: TcpListener) {
-    loop {
-        let accepted = tokio::select! {
-            () = slot.stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let Ok((mut stream, _)) = accepted else {
-            // As for flows.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            continue;
-        };
+    while let Some(mut stream) = slot.accept(&listener).await {
         let Ok(permit) = slot.questions.clone().try_acquire_owned() else {
-            slot.counters().over_limit();
+            slot.counters().flows_over_limit.one();
             crate::tcp::reset(&stream);
             continue;
         };
@@ -117,7 +108,7 @@ async fn answer(slot: &Slot, bytes: &[u8]) -> Option<(Option<Message>, Message)>
     };
     let transfer = matches!(question.query_type(), RecordType::ANY | RecordType::AXFR | RecordType::IXFR);
     if !resolves || transfer {
-        slot.counters().refused();
+        slot.counters().dns_refused.one();
         let answer = reply(&message, ResponseCode::Refused);
         return Some((Some(message), answer));
     }
@@ -131,13 +122,13 @@ async fn answer(slot: &Slot, bytes: &[u8]) -> Option<(Option<Message>, Message)>
     let answer = match ask(&question, servers).await {
         Ok(upstream) => checked_reply(&message, upstream, |ip| dialer.forbidden(ip)),
         Err(e) => {
-            slot.counters().unanswered();
+            slot.counters().dns_failed.one();
             tracing::debug!(host, "a guest's question: {e}");
             let answer = reply(&message, ResponseCode::ServFail);
             return Some((Some(message), answer));
         }
     };
-    slot.counters().answered();
+    slot.counters().dns_answered.one();
     if let Some(host) = host.filter(|host| policy.allows_name(host)) {
         let found = answer.answers.iter().filter_map(|record| match &record.data {
             RData::A(a) => Some(a.0),

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -91,6 +91,24 @@ pub(crate) struct Slot {
 impl Slot {
     pub fn dialer(&self) -> &Dialer {
         &self.gateway.dialer
+    }
+
+    pub fn counters(&self) -> &Counters {
+        &self.gateway.counters
+    }
+
+    /// The next connection of the guest; `None` when the slot is closed.
+    pub async fn accept(&self, listener: &TcpListener) -> Option<TcpStream> {
+        loop {
+            match self.stop.run_until_cancelled(listener.accept()).await? {
+                Ok((stream, _)) => return Some(stream),
+                Err(e) => {
+                    tracing::debug!("accept a guest's connection: {e}");
+                    // Too many open files, say: others must end first.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
     }
 
     pub fn learn(&self, host: String, addresses: Vec<Ipv4Addr>) {

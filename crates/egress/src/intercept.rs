@@ -98,7 +98,7 @@ async fn serve<S>(
     let flow = Arc::new(Flow { slot: slot.clone(), guard, to, sni, client });
     let service = service_fn(move |request| {
         let flow = flow.clone();
-        async move { Ok::<_, Infallible>(flow.clone().request(request).await) }
+        async move { Ok::<_, Infallible>(flow.request(request).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
@@ -160,7 +160,7 @@ impl Flow {
         }
         let shown = written.unwrap_or_else(|| self.to.ip().to_string());
         let Some(policy) = self.guard.turn_to(host.as_deref()) else {
-            self.slot.counters().request_denied();
+            self.slot.counters().requests_denied.one();
             let mut answer = say(
                 StatusCode::FORBIDDEN,
                 format!("nidus: the network policy of this sandbox does not let it reach {shown}"),
@@ -180,7 +180,7 @@ impl Flow {
         match self.client.request(request).await {
             Ok(answer) => self.answered(answer, upgrade),
             Err(e) => {
-                self.slot.counters().failed();
+                self.slot.counters().flows_failed.one();
                 let why = std::iter::successors(std::error::Error::source(&e), |e| e.source()).last();
                 let why = why.map_or_else(|| e.to_string(), ToString::to_string);
                 say(StatusCode::BAD_GATEWAY, format!("nidus: {shown} cannot be reached: {why}"))
@@ -220,7 +220,7 @@ impl Flow {
         *request.version_mut() = Version::HTTP_11;
         strip(request.headers_mut(), upgrade);
         if let Some(set) = set {
-            self.slot.counters().request_changed();
+            self.slot.counters().requests_changed.one();
             for (name, value) in &set {
                 request.headers_mut().insert(name, value.clone());
             }

@@ -144,11 +144,11 @@ pub enum Verdict {
 #[derive(Clone)]
 pub struct Policy(Arc<Inner>);
 
+#[derive(Default)]
 struct Inner {
     allowed: Vec<Ipv4Net>,
+    /// Without overlaps: everything is one entry.
     denied: Vec<Ipv4Net>,
-    /// Whether `denied` is everything.
-    closed: bool,
     domains: Vec<Domain>,
     /// Wildcards first, so that what is said of a name itself comes last and wins.
     rules: Vec<(Domain, HeaderMap)>,
@@ -260,12 +260,11 @@ impl Policy {
         if !c.allow_internet {
             denied = vec![Ipv4Net::default()];
         }
-        let closed = denied.contains(&Ipv4Net::default());
         if c.allowed_domains.len() > MAX_ENTRIES || c.rules.len() > MAX_ENTRIES {
             return Err(PolicyError::TooMany { what: "domains", limit: MAX_ENTRIES });
         }
         let domains = c.allowed_domains.iter().map(|d| Domain::parse(d)).collect::<Result<Vec<_>, _>>()?;
-        if !domains.is_empty() && !closed {
+        if !domains.is_empty() && denied != [Ipv4Net::default()] {
             return Err(PolicyError::DomainsNeedDeny);
         }
         let mut rules = Vec::new();
@@ -291,33 +290,17 @@ impl Policy {
             }
         };
         let proxy = c.proxy.as_ref().map(|p| proxy(p, allowed_private)).transpose()?;
-        Ok(Self(Arc::new(Inner { allowed, denied, closed, domains, rules, proxy, dns })))
+        Ok(Self(Arc::new(Inner { allowed, denied, domains, rules, proxy, dns })))
     }
 
     /// All public addresses, nothing looked at.
     pub fn open() -> Self {
-        Self(Arc::new(Inner {
-            allowed: Vec::new(),
-            denied: Vec::new(),
-            closed: false,
-            domains: Vec::new(),
-            rules: Vec::new(),
-            proxy: None,
-            dns: None,
-        }))
+        Self(Arc::default())
     }
 
     /// Nothing at all.
     pub fn closed() -> Self {
-        Self(Arc::new(Inner {
-            allowed: Vec::new(),
-            denied: vec![Ipv4Net::default()],
-            closed: true,
-            domains: Vec::new(),
-            rules: Vec::new(),
-            proxy: None,
-            dns: None,
-        }))
+        Self(Arc::new(Inner { denied: vec![Ipv4Net::default()], ..Inner::default() }))
     }
 
     /// What becomes of a flow to an address, for a host that the client named in it. A destination that is
@@ -348,7 +331,7 @@ impl Policy {
 
     /// Whether the guest may have a name resolved.
     pub fn resolves(&self, host: &str) -> bool {
-        !self.0.closed || self.allows_name(host)
+        self.0.denied != [Ipv4Net::default()] || self.allows_name(host)
     }
 
     /// Whether it matters what a flow to this address says.

@@ -1,7 +1,7 @@
 //! Redirected TCP: looked at, let through or cut.
 
 use std::io::Cursor;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
-use crate::counters::Counters;
 use crate::dial::{DialError, Upstream, prepare};
 use crate::gateway::Slot;
 use crate::intercept;
@@ -25,22 +24,9 @@ const COPY_BYTES: usize = 16 << 10;
 
 /// Serves a slot's listener until the slot is closed.
 pub async fn serve(slot: Arc<Slot>, listener: TcpListener) {
-    loop {
-        let accepted = tokio::select! {
-            () = slot.stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let guest = match accepted {
-            Ok((guest, _)) => guest,
-            Err(e) => {
-                tracing::debug!("accept a redirected flow: {e}");
-                // Too many open files, say: others must end first.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
+    while let Some(guest) = slot.accept(&listener).await {
         let Ok(permit) = slot.connections.clone().try_acquire_owned() else {
-            slot.counters().over_limit();
+            slot.counters().flows_over_limit.one();
             reset(&guest);
             continue;
         };
@@ -78,19 +64,18 @@ async fn flow(slot: Arc<Slot>, mut guest: TcpStream, permit: OwnedSemaphorePermi
     let verdict = policy.decide(*to.ip(), named.as_deref());
     // Requests have an answer that says why not.
     if verdict == Verdict::Deny && !per_request {
-        slot.counters().denied();
+        slot.counters().flows_denied.one();
         tracing::debug!(%to, host = named, "a flow was refused");
         return reset(&guest);
     }
     // For HTTP the first request turns it to its host.
-    let entered = match per_request {
-        true if !by_address => slot.flows.enter_undecided(&policy, *to.ip()),
-        true => slot.flows.enter(&policy, *to.ip(), None),
-        false => slot.flows.enter(&policy, *to.ip(), named.clone()),
+    let host = named.clone().filter(|_| !per_request);
+    let undecided = per_request && !by_address;
+    let Some(mut guard) = slot.flows.enter(&policy, *to.ip(), host, undecided) else {
+        return reset(&guest);
     };
-    let Some(mut guard) = entered else { return reset(&guest) };
     guard.hold(permit);
-    slot.counters().allowed();
+    slot.counters().flows_allowed.one();
     // Whoever holds the socket then: this one closes it with a reset.
     let Ok(handle) = guest.as_fd().try_clone_to_owned() else { return reset(&guest) };
     let cut = guard.cut().clone();
@@ -115,18 +100,17 @@ async fn flow(slot: Arc<Slot>, mut guest: TcpStream, permit: OwnedSemaphorePermi
     tokio::select! {
         () = ends => {}
         () = cut.cancelled() => {
-            slot.counters().cut();
+            slot.counters().flows_cut.one();
             reset(&handle);
         }
     }
-    drop::<OwnedFd>(handle);
 }
 
 async fn carry(slot: &Slot, mut guest: TcpStream, head: &[u8], upstream: Result<Upstream, DialError>) {
     let mut upstream = match upstream {
         Ok(stream) => stream,
         Err(e) => {
-            slot.counters().failed();
+            slot.counters().flows_failed.one();
             tracing::debug!("a flow that was allowed: {e}");
             return reset(&guest);
         }
@@ -137,7 +121,10 @@ async fn carry(slot: &Slot, mut guest: TcpStream, head: &[u8], upstream: Result<
     let copied =
         tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, COPY_BYTES, COPY_BYTES).await;
     match copied {
-        Ok((up, down)) => slot.counters().carried(up, down),
+        Ok((up, down)) => {
+            slot.counters().bytes_up.add(up);
+            slot.counters().bytes_down.add(down);
+        }
         Err(_) => reset(&guest),
     }
 }
@@ -166,11 +153,5 @@ async fn read_head(guest: &mut TcpStream, head: &mut Vec<u8>) -> Sniffed {
             Ok(Ok(1..)) => {}
             _ => return Sniffed::Other,
         }
-    }
-}
-
-impl Slot {
-    pub fn counters(&self) -> &Counters {
-        &self.gateway.counters
     }
 }

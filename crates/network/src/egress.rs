@@ -19,31 +19,26 @@ pub(crate) const HYPERLOOP_PORT: u16 = 10_080;
 /// What a guest never reaches: "this network", private, shared, loopback, link-local, protocol
 /// assignments, hyperloop's own, 6to4 relays, benchmarking, multicast and reserved ranges (IANA's
 /// special-purpose registry, RFC 6890). The other documentation ranges are not in it: they harm nobody.
-const DENIED: &[(Ipv4Addr, u8)] = &[
-    (Ipv4Addr::new(0, 0, 0, 0), 8),
-    (Ipv4Addr::new(10, 0, 0, 0), 8),
-    (Ipv4Addr::new(100, 64, 0, 0), 10),
-    (Ipv4Addr::new(127, 0, 0, 0), 8),
-    (Ipv4Addr::new(169, 254, 0, 0), 16),
-    (Ipv4Addr::new(172, 16, 0, 0), 12),
-    (Ipv4Addr::new(192, 0, 0, 0), 24),
-    (Ipv4Addr::new(192, 0, 2, 0), 24),
-    (Ipv4Addr::new(192, 88, 99, 0), 24),
-    (Ipv4Addr::new(192, 168, 0, 0), 16),
-    (Ipv4Addr::new(198, 18, 0, 0), 15),
-    (Ipv4Addr::new(224, 0, 0, 0), 4),
-    (Ipv4Addr::new(240, 0, 0, 0), 4),
+pub const DENIED: &[Ipv4Net] = &[
+    Ipv4Net::new_assert(Ipv4Addr::new(0, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),
+    Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8),
+    Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
+    Ipv4Net::new_assert(Ipv4Addr::new(172, 16, 0, 0), 12),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 0, 0, 0), 24),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 0, 2, 0), 24),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 88, 99, 0), 24),
+    Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 0, 0), 16),
+    Ipv4Net::new_assert(Ipv4Addr::new(198, 18, 0, 0), 15),
+    Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
+    Ipv4Net::new_assert(Ipv4Addr::new(240, 0, 0, 0), 4),
 ];
-
-/// The ranges that no guest reaches, whatever its policy says, in one list.
-pub fn denied_ranges() -> Vec<Ipv4Net> {
-    DENIED.iter().map(|(base, length)| Ipv4Net::new_assert(*base, *length)).collect()
-}
 
 /// Whether an address lies in a range that no guest reaches, and in none that the node's owner opened.
 pub fn is_denied(ip: Ipv4Addr, allowed_private: &[Ipv4Net]) -> bool {
     let within = |net: &Ipv4Net| net.contains(&ip);
-    denied_ranges().iter().any(within) && !allowed_private.iter().any(within)
+    DENIED.iter().any(within) && !allowed_private.iter().any(within)
 }
 
 /// Which TCP connections of the guest the gateway takes over. Those to ranges that are always denied it

@@ -38,6 +38,9 @@ pub enum NetworkError {
     /// The pool has been shut down.
     #[error("the network pool is shut down")]
     Closed,
+    /// The slot's tenant is gone.
+    #[error("the network slot was given back")]
+    Released,
     /// A slot that was used is not as it was when it was made.
     #[error("the network slot {slot} is not clean: {what}")]
     NotClean {

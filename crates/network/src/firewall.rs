@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use ipnet::Ipv4Net;
 
-use crate::egress::{DNS_PORT, HYPERLOOP_IP, HYPERLOOP_PORT, TCP_PORT, denied_ranges};
+use crate::egress::{DENIED, DNS_PORT, HYPERLOOP_IP, HYPERLOOP_PORT, TCP_PORT};
 use crate::slot::{Addresses, NetworkConfig};
 use crate::{GUEST_IP, GUEST_MAC, NetworkError, TAP_NAME};
 
@@ -41,7 +41,7 @@ fn list(ranges: &[Ipv4Net]) -> String {
 
 /// `ip daddr` lies where no guest may go.
 fn forbidden(opened: &[Ipv4Net]) -> String {
-    let denied = list(&denied_ranges());
+    let denied = list(DENIED);
     match opened {
         [] => format!("ip daddr {{ {denied} }}"),
         opened => format!(
@@ -52,7 +52,9 @@ fn forbidden(opened: &[Ipv4Net]) -> String {
 }
 
 /// Rules inside a slot's namespace. Every packet of the guest is looked at, also of connections that
-/// stand: so a changed set is a changed policy.
+/// stand: so a changed set is a changed policy. What belongs to connections of the last tenant, which nobody
+/// tracks any more, goes nowhere: the kernel takes a segment in the middle for a new connection
+/// (`nf_conntrack_tcp_loose`), and a socket that is closed with bytes unsent still sends them.
 pub fn slot_rules(a: &Addresses, c: &NetworkConfig) -> String {
     let (host_ip, guest, tap, mac) = (a.host_ip, GUEST_IP, TAP_NAME, GUEST_MAC.to_lowercase());
     let sets: String = sets::ALL
@@ -99,6 +101,7 @@ pub fn slot_rules(a: &Addresses, c: &NetworkConfig) -> String {
   chain connections {{
     type filter hook prerouting priority mangle; policy accept;
     {connections}
+    iifname eth0 tcp flags & (fin | syn | rst | ack) != syn ct state new drop
   }}
   chain shape {{
     type filter hook postrouting priority mangle; policy accept;
@@ -108,6 +111,10 @@ pub fn slot_rules(a: &Addresses, c: &NetworkConfig) -> String {
     type filter hook input priority filter; policy drop;
     iifname {tap} ct status dnat tcp dport {{ {TCP_PORT}, {DNS_PORT}, {HYPERLOOP_PORT} }} accept
     iifname {tap} ct status dnat udp dport {DNS_PORT} accept
+  }}
+  chain output {{
+    type filter hook output priority filter; policy accept;
+    oifname {tap} ct state {{ new, invalid, untracked }} drop
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop;

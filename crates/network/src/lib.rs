@@ -28,7 +28,7 @@ mod slot;
 mod tap;
 
 pub use egress::{
-    EgressRules, GatewaySockets, HYPERLOOP_IP, TcpRedirect, denied_ranges, is_denied, original_destination,
+    DENIED, EgressRules, GatewaySockets, HYPERLOOP_IP, TcpRedirect, is_denied, original_destination,
 };
 pub use error::NetworkError;
 pub use pool::{Pool, PoolStats};

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use futures::TryStreamExt;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder, new_connection};
 
 use crate::namespace::Namespace;
@@ -125,20 +126,13 @@ async fn tap(handle: &Handle) -> Result<(), NetworkError> {
 /// namespaces that are alike have the same.
 pub fn state() -> Result<Vec<String>, NetworkError> {
     use netlink_packet_route::address::AddressAttribute;
-    use netlink_packet_route::link::LinkAttribute;
     use netlink_packet_route::route::RouteAttribute;
     with_handle(async |handle| {
         let links: Vec<_> =
             handle.link().get().execute().try_collect().await.map_err(fail("list the links".into()))?;
-        let mut names = HashMap::new();
-        for link in &links {
-            let name = link.attributes.iter().find_map(|a| match a {
-                LinkAttribute::IfName(name) => Some(name.clone()),
-                _ => None,
-            });
-            names.insert(link.header.index, name.unwrap_or_default());
-        }
-        let name = |index: u32| names.get(&index).cloned().unwrap_or_default();
+        let names: HashMap<u32, &str> =
+            links.iter().map(|l| (l.header.index, name_of(l).unwrap_or_default())).collect();
+        let name = |index: u32| names.get(&index).copied().unwrap_or_default();
         let mut lines: Vec<String> = links.iter().map(|l| format!("link {}", name(l.header.index))).collect();
         let addresses: Vec<_> = handle
             .address()
@@ -206,14 +200,16 @@ pub fn remove_veth(name: &str) -> Result<(), NetworkError> {
 
 /// Names of all links here that begin with `prefix`.
 pub fn names(prefix: &str) -> Result<Vec<String>, NetworkError> {
-    use netlink_packet_route::link::LinkAttribute;
     with_handle(async |handle| {
         let links: Vec<_> =
             handle.link().get().execute().try_collect().await.map_err(fail("list the links".into()))?;
-        let name = |a: &LinkAttribute| match a {
-            LinkAttribute::IfName(n) if n.starts_with(prefix) => Some(n.clone()),
-            _ => None,
-        };
-        Ok(links.iter().filter_map(|l| l.attributes.iter().find_map(name)).collect())
+        Ok(links.iter().filter_map(name_of).filter(|n| n.starts_with(prefix)).map(str::to_owned).collect())
+    })
+}
+
+fn name_of(link: &LinkMessage) -> Option<&str> {
+    link.attributes.iter().find_map(|a| match a {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
     })
 }

@@ -33,6 +33,7 @@ const NFPROTO_INET: u8 = 1;
 #[derive(Debug)]
 pub struct Netfilter {
     socket: OwnedFd,
+    transactions: u32,
 }
 
 /// The elements of one set: those that are there go, these come.
@@ -72,11 +73,11 @@ impl Netfilter {
         if set != 0 {
             return Err(wrap());
         }
-        Ok(Self { socket })
+        Ok(Self { socket, transactions: 0 })
     }
 
     /// Replaces what is in these sets of table `inet TABLE`, all or nothing.
-    pub fn replace(&self, table: &str, sets: &[SetContent]) -> Result<(), NetworkError> {
+    pub fn replace(&mut self, table: &str, sets: &[SetContent]) -> Result<(), NetworkError> {
         let mut batch = Batch::default();
         batch.message(BATCH_BEGIN, libc::NLM_F_REQUEST as u16, 0, SUBSYS_NFTABLES, |_| {});
         for content in sets {
@@ -102,7 +103,14 @@ impl Netfilter {
             }
         }
         batch.message(BATCH_END, libc::NLM_F_REQUEST as u16, 0, SUBSYS_NFTABLES, |_| {});
-        self.exchange(&batch, &format!("replace the sets of table {table}"))
+        self.exchange(&batch, &format!("replace the sets of table {table}"))?;
+        self.transactions += 1;
+        Ok(())
+    }
+
+    /// How often it changed the rules: each time moves [`Self::generation`] by one.
+    pub fn transactions(&self) -> u32 {
+        self.transactions
     }
 
     /// How often the rules of the namespace were changed, by whomever.
@@ -175,32 +183,35 @@ impl Netfilter {
         }
     }
 
+    fn send(&self, batch: &Batch, action: &str) -> Result<(), NetworkError> {
+        let (fd, bytes) = (self.socket.as_raw_fd(), &batch.bytes);
+        // SAFETY: the buffer lives across the call.
+        let sent = unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), 0) };
+        if usize::try_from(sent) == Ok(bytes.len()) { Ok(()) } else { Err(NetworkError::last(action)) }
+    }
+
+    /// The next datagram of the kernel.
+    fn receive<'a>(&self, buffer: &'a mut [u8], action: &str) -> Result<&'a [u8], NetworkError> {
+        // SAFETY: the kernel writes at most the buffer's length.
+        let got = unsafe { libc::recv(self.socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        let got = usize::try_from(got).map_err(|_| NetworkError::last(action))?;
+        Ok(&buffer[..got])
+    }
+
     /// Sends one request and collects what is answered, without the headers; to its end if it is a list.
     fn ask(&self, batch: &Batch, list: bool, action: &str) -> Result<Vec<Vec<u8>>, NetworkError> {
-        let fd = self.socket.as_raw_fd();
-        // SAFETY: the buffer lives across the call.
-        let sent = unsafe { libc::send(fd, batch.bytes.as_ptr().cast(), batch.bytes.len(), 0) };
-        if usize::try_from(sent) != Ok(batch.bytes.len()) {
-            return Err(NetworkError::last(action));
-        }
+        self.send(batch, action)?;
         let mut found = Vec::new();
         let mut buffer = vec![0u8; 64 << 10];
         loop {
-            // SAFETY: the kernel writes at most the buffer's length.
-            let got = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-            let Ok(got) = usize::try_from(got) else { return Err(NetworkError::last(action)) };
-            for message in messages(&buffer[..got]) {
+            for message in messages(self.receive(&mut buffer, action)?) {
                 if message.sequence != batch.first {
                     continue;
                 }
                 match i32::from(message.kind) {
                     libc::NLMSG_DONE => return Ok(found),
                     libc::NLMSG_ERROR => {
-                        let code = message
-                            .body
-                            .get(..4)
-                            .and_then(|b| b.try_into().ok())
-                            .map_or(0, i32::from_ne_bytes);
+                        let code = message.code().unwrap_or_default();
                         return Err(NetworkError::io(action, std::io::Error::from_raw_os_error(-code)));
                     }
                     // After nfgenmsg.
@@ -215,21 +226,12 @@ impl Netfilter {
 
     /// Sends and waits for the acknowledgement of each message that asks for one. The first error counts.
     fn exchange(&self, batch: &Batch, action: &str) -> Result<(), NetworkError> {
-        let fd = self.socket.as_raw_fd();
-        // SAFETY: the buffer lives across the call.
-        let sent = unsafe { libc::send(fd, batch.bytes.as_ptr().cast(), batch.bytes.len(), 0) };
-        if usize::try_from(sent) != Ok(batch.bytes.len()) {
-            return Err(NetworkError::last(action));
-        }
+        self.send(batch, action)?;
         let mut open = batch.acks;
         let mut failed = None;
         let mut buffer = vec![0u8; 32 << 10];
         while open > 0 {
-            // SAFETY: the kernel writes at most the buffer's length.
-            let got = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-            let Ok(got) = usize::try_from(got) else { return Err(NetworkError::last(action)) };
-            let answers = answers(&buffer[..got]);
-            for (sequence, code) in answers {
+            for (sequence, code) in answers(self.receive(&mut buffer, action)?) {
                 // Left over from an exchange that was given up.
                 if sequence < batch.first || sequence >= batch.next {
                     continue;
@@ -256,6 +258,13 @@ struct Message<'a> {
     kind: u16,
     sequence: u32,
     body: &'a [u8],
+}
+
+impl Message<'_> {
+    /// The code of an acknowledgement.
+    fn code(&self) -> Option<i32> {
+        Some(i32::from_ne_bytes(self.body.get(..4)?.try_into().ok()?))
+    }
 }
 
 fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
@@ -290,7 +299,7 @@ fn nested(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
 fn answers(bytes: &[u8]) -> Vec<(u32, i32)> {
     messages(bytes)
         .filter(|m| i32::from(m.kind) == libc::NLMSG_ERROR)
-        .filter_map(|m| Some((m.sequence, i32::from_ne_bytes(m.body.get(..4)?.try_into().ok()?))))
+        .filter_map(|m| Some((m.sequence, m.code()?)))
         .collect()
 }
 

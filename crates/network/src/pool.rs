@@ -245,7 +245,7 @@ impl Inner {
         let index = slot.index();
         let netfilter = self.netfilter.clone();
         // Dropped with its namespace if it is not clean.
-        match blocking(move || slot.clean(&netfilter.lock())).await {
+        match blocking(move || slot.clean(&netfilter)).await {
             Ok(slot) => {
                 let refused = {
                     let mut s = self.state.lock();
@@ -264,12 +264,15 @@ impl Inner {
                     }
                 }
             }
-            Err(e) => {
-                tracing::warn!(index, "a network slot is torn down: {e}");
-                self.stats.unclean.fetch_add(1, Relaxed);
-                self.forget(index).await;
-            }
+            Err(e) => self.tear_down(index, &e).await,
         }
+    }
+
+    /// A slot that is not as it was; it has been dropped.
+    async fn tear_down(&self, index: u32, why: &NetworkError) {
+        tracing::warn!(index, "a network slot is torn down: {why}");
+        self.stats.unclean.fetch_add(1, Relaxed);
+        self.remove(index, None).await;
     }
 
     /// Destroys the slots that are more than the target.
@@ -296,31 +299,20 @@ impl Inner {
                 self.state.lock().slots.push_back(slot);
                 self.ready.notify_waiters();
             }
-            Err(e) => {
-                tracing::warn!(index, "a network slot that stood ready is torn down: {e}");
-                self.stats.unclean.fetch_add(1, Relaxed);
-                self.forget(index).await;
-            }
+            Err(e) => self.tear_down(index, &e).await,
         }
     }
 
     async fn destroy(&self, slot: NetworkSlot) {
-        let index = slot.index();
-        let dropped = blocking(move || {
-            drop(slot);
-            Ok(())
-        });
-        if let Err(e) = dropped.await {
-            tracing::warn!(index, "while a network slot was destroyed: {e}");
-        }
-        self.forget(index).await;
+        self.remove(slot.index(), Some(slot)).await;
     }
 
-    /// What is left of a slot whose namespace is gone.
-    async fn forget(&self, index: u32) {
+    /// Removes a slot, if that has not been dropped yet, and what is outside of its namespace.
+    async fn remove(&self, index: u32, slot: Option<NetworkSlot>) {
         let a = self.config.addresses(index);
         let netfilter = self.netfilter.clone();
         let removed = blocking(move || {
+            drop(slot);
             // The kernel destroys a namespace when it likes; the name is wanted now.
             link::remove_veth(&a.veth)?;
             // The address will be another tenant's.

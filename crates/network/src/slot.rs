@@ -4,7 +4,6 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use ipnet::Ipv4Net;
 use parking_lot::Mutex;
@@ -141,7 +140,8 @@ pub struct NetworkSlot {
     /// Nothing when the tap is opened by name.
     tap: Option<OwnedFd>,
     sockets: GatewaySockets,
-    netfilter: Arc<Mutex<Netfilter>>,
+    /// Nothing once its tenant is gone: what that one began late changes no rule of the next.
+    netfilter: Arc<Mutex<Option<Netfilter>>>,
     /// What is in force.
     egress: Mutex<EgressRules>,
     mode: TapMode,
@@ -153,9 +153,8 @@ pub struct NetworkSlot {
 struct Pristine {
     /// Its namespace's links, addresses and routes.
     state: Vec<String>,
-    /// Changes of its rules: those until then, and those that were ours since.
+    /// How often its rules had been changed.
     generation: u32,
-    changes: Arc<AtomicU32>,
 }
 
 impl NetworkSlot {
@@ -180,12 +179,12 @@ impl NetworkSlot {
                 firewall::apply(&a.namespace, &ruleset)?;
                 let netfilter = Netfilter::open()?;
                 let (state, generation) = (link::state()?, netfilter.generation()?);
-                let pristine = Pristine { state, generation, changes: Arc::default() };
+                let pristine = Pristine { state, generation };
                 Ok::<_, NetworkError>((tap, GatewaySockets::open()?, netfilter, pristine))
             }
         })??;
         link::configure_host(&addresses)?;
-        let netfilter = Arc::new(Mutex::new(netfilter));
+        let netfilter = Arc::new(Mutex::new(Some(netfilter)));
         let (egress, mode) = (Mutex::default(), config.tap);
         Ok(Self { addresses, namespace, tap, sockets, netfilter, egress, mode, pristine })
     }
@@ -195,17 +194,17 @@ impl NetworkSlot {
     ///
     /// # Errors
     /// When it is not as it was then; it must be destroyed.
-    pub(crate) fn clean(self, host: &Netfilter) -> Result<Self, NetworkError> {
+    pub(crate) fn clean(self, host: &Mutex<Netfilter>) -> Result<Self, NetworkError> {
         let Self { addresses, namespace, tap, sockets, netfilter, egress: _, mode, pristine } = self;
         // Those who come late find nobody.
         drop((tap, sockets));
-        let (tap, sockets) = namespace.run({
-            let (netfilter, a, changes) = (netfilter.clone(), addresses.clone(), pristine.changes.clone());
+        let mut netfilter = netfilter.lock().take().ok_or(NetworkError::Released)?;
+        let (tap, sockets, netfilter) = namespace.run({
+            let a = addresses.clone();
             move || {
-                let netfilter = netfilter.lock();
                 // What is still on its way, if anything, goes nowhere.
                 replace(
-                    &netfilter,
+                    &mut netfilter,
                     &EgressRules { denied: vec![Ipv4Net::default()], ..EgressRules::default() },
                 )?;
                 // A tap that a program has open cannot be made again.
@@ -219,12 +218,12 @@ impl NetworkSlot {
                 };
                 link::configure_tap()?;
                 netfilter.flush_conntrack()?;
-                replace(&netfilter, &EgressRules::default())?;
-                changes.fetch_add(2, Relaxed);
-                Ok::<_, NetworkError>((tap, GatewaySockets::open()?))
+                replace(&mut netfilter, &EgressRules::default())?;
+                Ok::<_, NetworkError>((tap, GatewaySockets::open()?, netfilter))
             }
         })??;
-        host.forget(addresses.host_ip)?;
+        let netfilter = Arc::new(Mutex::new(Some(netfilter)));
+        host.lock().forget(addresses.host_ip)?;
         let slot =
             Self { addresses, namespace, tap, sockets, netfilter, egress: Mutex::default(), mode, pristine };
         slot.check()?;
@@ -237,9 +236,11 @@ impl NetworkSlot {
     /// [`NetworkError::NotClean`] with what is not.
     pub(crate) fn check(&self) -> Result<(), NetworkError> {
         let netfilter = self.netfilter.clone();
-        let (state, generation, tracked) = self.namespace.run(move || {
+        let (state, changes, tracked) = self.namespace.run(move || {
             let netfilter = netfilter.lock();
-            Ok::<_, NetworkError>((link::state()?, netfilter.generation()?, netfilter.connections()?))
+            let netfilter = netfilter.as_ref().ok_or(NetworkError::Released)?;
+            let changes = netfilter.generation()?.wrapping_sub(netfilter.transactions());
+            Ok::<_, NetworkError>((link::state()?, changes, netfilter.connections()?))
         })??;
         let unclean = |what: String| NetworkError::NotClean { slot: self.addresses.namespace.clone(), what };
         let was = &self.pristine;
@@ -249,12 +250,9 @@ impl NetworkSlot {
         if let Some(line) = was.state.iter().find(|l| !state.contains(l)) {
             return Err(unclean(format!("{line} is no longer in it")));
         }
-        let ours = was.generation + was.changes.load(Relaxed);
-        if generation != ours {
-            return Err(unclean(format!(
-                "its rules were changed {} times by others",
-                generation.wrapping_sub(ours)
-            )));
+        if changes != was.generation {
+            let n = changes.wrapping_sub(was.generation);
+            return Err(unclean(format!("its rules were changed {n} times by others")));
         }
         if tracked != 0 {
             return Err(unclean(format!("{tracked} connections are tracked in it")));
@@ -318,23 +316,17 @@ impl NetworkSlot {
             return Ok(());
         }
         let (netfilter, wanted) = (self.netfilter.clone(), rules.clone());
-        let changes = self.pristine.changes.clone();
-        let work = move || {
-            let netfilter = netfilter.lock();
-            replace(&netfilter, &wanted)?;
-            // Also when nobody waits for it any more.
-            changes.fetch_add(1, Relaxed);
-            Ok::<_, NetworkError>(())
-        };
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|e| NetworkError::io("change a slot's rules", std::io::Error::other(e)))??;
+        tokio::task::spawn_blocking(move || {
+            replace(netfilter.lock().as_mut().ok_or(NetworkError::Released)?, &wanted)
+        })
+        .await
+        .map_err(|e| NetworkError::io("change a slot's rules", std::io::Error::other(e)))??;
         *self.egress.lock() = rules.clone();
         Ok(())
     }
 }
 
-fn replace(netfilter: &Netfilter, rules: &EgressRules) -> Result<(), NetworkError> {
+fn replace(netfilter: &mut Netfilter, rules: &EgressRules) -> Result<(), NetworkError> {
     use crate::firewall::sets;
     let everything = [Ipv4Net::default()];
     let if_so = |on: bool| if on { &everything[..] } else { &[] };

@@ -294,7 +294,9 @@ impl Config {
         if self.sandbox_connections == Some(0) {
             bail!("sandbox_connections is 0: nothing would work");
         }
-        self.resolvers()?;
+        if self.dns.is_some() {
+            self.resolvers()?;
+        }
         if self.template_ttl_s == 0 {
             bail!("template_ttl_s is 0: templates are closed after one second at the earliest");
         }
@@ -308,17 +310,15 @@ impl Config {
 
     /// The resolvers for sandboxes.
     fn resolvers(&self) -> anyhow::Result<Vec<SocketAddr>> {
-        let Some(named) = &self.dns else { return Ok(resolvers_of(&self.host_resolvers())) };
+        let Some(named) = &self.dns else {
+            return Ok(resolvers_of(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()));
+        };
         let parse = |server: &String| {
             let whole = server.parse::<SocketAddr>();
             let alone = || server.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, DNS_PORT));
             whole.or_else(|_| alone()).map_err(|_| anyhow!("dns: '{server}' is not IP or IP:PORT"))
         };
         named.iter().map(parse).collect()
-    }
-
-    fn host_resolvers(&self) -> String {
-        std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default()
     }
 
     /// How the egress gateway works.

@@ -135,7 +135,7 @@ pub async fn serve(
 }
 
 async fn work(sockets: Sockets, proxy: Arc<Proxy>, stop: CancellationToken) -> io::Result<()> {
-    let graceful = Arc::new(GracefulShutdown::new());
+    let graceful = GracefulShutdown::new();
     let plain = TcpListener::from_std(sockets.plain)?;
     let tls = sockets.tls.map(|(l, c)| Ok::<_, io::Error>((TcpListener::from_std(l)?, c))).transpose()?;
     let with_tls = async {
@@ -147,7 +147,6 @@ async fn work(sockets: Sockets, proxy: Arc<Proxy>, stop: CancellationToken) -> i
         }
     };
     tokio::join!(accept(plain, None, &proxy, &graceful, &stop), with_tls);
-    let Some(graceful) = Arc::into_inner(graceful) else { return Ok(()) };
     if timeout(DRAIN_TIME, graceful.shutdown()).await.is_err() {
         tracing::info!("streams through the proxy were cut after {} s", DRAIN_TIME.as_secs());
     }

@@ -1,15 +1,13 @@
 //! Upgraded connections (WebSocket): two streams joined until either side or the sandbox ends.
 
-use std::pin::Pin;
-use std::sync::Arc;
+use std::future;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::task::{Context, Poll};
-use std::{future, io};
 
-use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional_with_sizes};
+use tokio::io::copy_bidirectional_with_sizes;
 use tokio::time::sleep_until;
+use tokio_util::io::InspectReader;
 
 use crate::streamed::{Limits, Used};
 
@@ -19,13 +17,13 @@ const COPY_BYTES: usize = 4 << 10;
 /// Joins client and guest.
 pub fn join(client: OnUpgrade, guest: OnUpgrade, connection: Used, limits: Limits) {
     tokio::spawn(async move {
-        let moved = Arc::new(AtomicBool::new(false));
+        let moved = AtomicBool::new(false);
         let tunnel = async {
             let (client, guest) = match tokio::try_join!(client, guest) {
                 Ok(both) => both,
                 Err(e) => return tracing::debug!("an upgrade did not come about: {e}"),
             };
-            let noted = |io| Noted { io: TokioIo::new(io), moved: moved.clone() };
+            let noted = |io| InspectReader::new(TokioIo::new(io), |_: &[u8]| moved.store(true, Relaxed));
             let (mut client, mut guest) = (noted(client), noted(guest));
             let copied = copy_bidirectional_with_sizes(&mut client, &mut guest, COPY_BYTES, COPY_BYTES).await;
             if let Err(e) = copied {
@@ -51,39 +49,5 @@ async fn over(limits: Limits, moved: &AtomicBool) {
         if ended || !moved.swap(false, Relaxed) {
             return;
         }
-    }
-}
-
-/// A stream that notes when bytes come out of it.
-struct Noted {
-    io: TokioIo<Upgraded>,
-    moved: Arc<AtomicBool>,
-}
-
-impl AsyncRead for Noted {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let read = Pin::new(&mut self.io).poll_read(cx, buf);
-        if read.is_ready() {
-            self.moved.store(true, Relaxed);
-        }
-        read
-    }
-}
-
-impl AsyncWrite for Noted {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

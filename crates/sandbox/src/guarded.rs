@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use chrono::Utc;
 use nidus_egress::{Gateway, Policy, SlotGateway};
-use nidus_envd_protocol::ENVD_PORT;
-use nidus_envd_protocol::{EnvdClient, EnvdError, InitRequest};
+use nidus_envd_protocol::{ENVD_PORT, EnvdClient, EnvdError, InitRequest};
 use nidus_hyperloop::Hyperloop;
 use nidus_network::{HYPERLOOP_IP, NetworkError, NetworkSlot};
 

@@ -216,6 +216,51 @@ async fn late_packets_do_not_reach_the_next_tenant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn unsent_bytes_do_not_reach_the_next_tenant() {
+    const SECRET: &[u8] = b"of the first tenant alone";
+    let internet = Internet::start("left", 5);
+    let config = NetworkConfig { max_slots: 1, ..config(31_340, "nidus_test_left") };
+    let (pool, first) = Guest::start(config, "left").await;
+    // One connection that the gateway accepted inside the slot, and one that the host opened to the guest.
+    let sockets = first.slot.gateway_sockets().unwrap();
+    sockets.hyperloop.set_nonblocking(false).unwrap();
+    let asking = connect(&first, HYPERLOOP_IP, 80, LONG).unwrap();
+    let (gateway, _) = sockets.hyperloop.accept().unwrap();
+    let listener = first.inside(|| std::net::TcpListener::bind("0.0.0.0:4000").unwrap());
+    let host = TcpStream::connect_timeout(&(first.slot.host_ip(), 4000).into(), LONG).unwrap();
+    let (serving, _) = listener.accept().unwrap();
+    let slot = first.leave();
+    for mut held in [&gateway, &host] {
+        held.write_all(SECRET).unwrap();
+    }
+    drop((sockets, asking, listener, serving));
+    pool.release(slot).await;
+    let slot = pool.acquire().await.unwrap();
+    assert_eq!(pool.stats().reused.load(std::sync::atomic::Ordering::Relaxed), 1);
+    let second = Guest::attach(slot, "left");
+    let mut seen = second.inside(net::sniffer);
+    // The kernel sends again what nobody has confirmed, to whoever has the address now.
+    for held in [&gateway, &host] {
+        let sent = || net::sent_again(held).expect("the next tenant answered, and closed it");
+        let (before, since) = (sent(), std::time::Instant::now());
+        while sent() < before + 2 {
+            assert!(since.elapsed() < 6 * LONG, "it was not sent again");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    // What the new one opens itself is behind that on every way.
+    echoes(&connect(&second, internet.ip(ONE), net::PORT, LONG).unwrap(), b"hello").unwrap();
+    let (mut frame, mut frames) = (vec![0; 70_000], 0);
+    while let Ok(n) = seen.read(&mut frame) {
+        frames += 1;
+        let found = frame[..n].windows(SECRET.len()).any(|w| w == SECRET);
+        assert!(!found, "the next tenant got what was the first one's");
+    }
+    assert!(frames > 0, "nothing was seen at all");
+    second.end(pool).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_guest_may_have_at_once_is_bounded() {
     let internet = Internet::start("lim", 4);
     let limits = NetworkConfig {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -166,6 +166,31 @@ impl Guest {
         pool.release(self.leave()).await;
         pool.shutdown().await;
     }
+}
+
+/// All frames that the calling thread's namespace gets and sends from now on; does not block.
+pub fn sniffer() -> File {
+    let all = u32::from((libc::ETH_P_ALL as u16).to_be()) as libc::c_int;
+    // SAFETY: no memory is handed over; the descriptor is new and owned by the file alone.
+    unsafe {
+        let fd =
+            libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, all);
+        assert!(fd >= 0, "open a packet socket: {}", std::io::Error::last_os_error());
+        File::from_raw_fd(fd)
+    }
+}
+
+/// How many segments of a connection were sent more than once; nothing when it is closed (`TCP_INFO`, linux/tcp.h).
+pub fn sent_again(stream: &std::net::TcpStream) -> Option<u32> {
+    const TCP_CLOSE: u8 = 7;
+    // SAFETY: an all-zero tcp_info is a valid value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    let (to, fd) = ((&raw mut info).cast(), stream.as_raw_fd());
+    // SAFETY: the kernel writes at most `length` bytes of `info`, which both live across the call.
+    let r = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, to, &raw mut length) };
+    assert_eq!(r, 0, "{}", std::io::Error::last_os_error());
+    (info.tcpi_state != TCP_CLOSE).then_some(info.tcpi_total_retrans)
 }
 
 /// Frames from one tap to the other.
