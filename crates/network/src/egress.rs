@@ -19,7 +19,7 @@ pub(crate) const HYPERLOOP_PORT: u16 = 10_080;
 /// What a guest never reaches: "this network", private, shared, loopback, link-local, protocol
 /// assignments, hyperloop's own, 6to4 relays, benchmarking, multicast and reserved ranges (IANA's
 /// special-purpose registry, RFC 6890). The other documentation ranges are not in it: they harm nobody.
-pub const DENIED: &[Ipv4Net] = &[
+pub(crate) const DENIED: &[Ipv4Net] = &[
     Ipv4Net::new_assert(Ipv4Addr::new(0, 0, 0, 0), 8),
     Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 0, 0), 8),
     Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10),

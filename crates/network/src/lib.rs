@@ -27,9 +27,7 @@ mod reclaim;
 mod slot;
 mod tap;
 
-pub use egress::{
-    DENIED, EgressRules, GatewaySockets, HYPERLOOP_IP, TcpRedirect, is_denied, original_destination,
-};
+pub use egress::{EgressRules, GatewaySockets, HYPERLOOP_IP, TcpRedirect, is_denied, original_destination};
 pub use error::NetworkError;
 pub use pool::{Pool, PoolStats};
 pub use probe::{Check, probe};
