@@ -62,7 +62,7 @@ impl Compactor {
         }
         let mut devices = Vec::new();
         for (artifact, header) in parts {
-            devices.push((mapped(&self.store, build, artifact, header).await?, artifact, header));
+            devices.push((mapped(&self.store, build, artifact, header, None).await?, artifact, header));
         }
         if !devices.iter().any(|(device, ..)| wants_compaction(device.header())) {
             return Ok(None);
@@ -195,7 +195,7 @@ mod tests {
     }
 
     async fn blocks(store: &Builds, build: BuildId) -> (Vec<u8>, Vec<BuildId>) {
-        let device = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader).await.unwrap();
+        let device = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader, None).await.unwrap();
         let mut bytes = vec![0; device.header().size() as usize];
         device.read_blocking(0, &mut bytes).unwrap();
         let first = bytes.chunks(BLOCK as usize).map(|block| block[0]).collect();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use base64::Engine;
 use chrono::{DateTime, TimeDelta, Utc};
 use nidus_egress::{Gateway, SlotGateway};
-use nidus_envd_protocol::{ENVD_PORT, EnvdClient, InitRequest};
+use nidus_envd_protocol::{Client, ENVD_PORT, EnvdClient, InitRequest};
 use nidus_memfs::MemFs;
 use nidus_network::NetworkSlot;
 use nidus_storage::{BuildId, Builds};
@@ -69,6 +69,19 @@ pub struct SandboxSpec {
     pub snapshot: bool,
     /// Whether its disk is booted even if the build has a memory, which is left out then.
     pub filesystem_boot: bool,
+    /// Sizes that are not the build's own: its disk is booted with them.
+    pub size: Option<MachineSize>,
+}
+
+/// Sizes of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineSize {
+    /// Virtual processors.
+    pub vcpu: u32,
+    /// MiB of memory.
+    pub memory_mb: u32,
+    /// MiB of the root disk, not less than it has.
+    pub disk_mb: u32,
 }
 
 /// Makes sandboxes on this node.
@@ -276,7 +289,7 @@ impl Inner {
         cancel: &CancellationToken,
     ) -> Result<(Machine, Option<String>), CreateError> {
         let build = spec.build_id;
-        if !spec.filesystem_boot {
+        if !spec.filesystem_boot && spec.size.is_none() {
             let mut dead = Vec::new();
             let made = match self.warm.take(build, &mut dead) {
                 Some(m) => Ok(m),
@@ -291,7 +304,14 @@ impl Inner {
                 return made.map(|m| (m, None));
             }
         }
-        let template = self.open(build, Start::Boot).await?;
+        let template = match spec.size {
+            None => self.open(build, Start::Boot).await?,
+            Some(size) => {
+                let _no_removal = self.lineages.removals.read().await;
+                let (here, memfs) = (self.host.vmm.id(), self.memfs.clone());
+                Arc::new(OpenTemplate::open_sized(&self.store, build, size, &here, memfs).await?)
+            }
+        };
         let files = self.builder.files_to_boot(&template.metadata.kernel_version, cancel).await?;
         let machine =
             Machine::boot(&self.parts(), template, &files.boot, &spec.network.policy.kernel_rules()).await?;
@@ -526,11 +546,13 @@ impl Sandbox {
         let mut seed = [0u8; 64];
         getrandom::fill(&mut seed)
             .map_err(|e| CreateError::io("read random bytes", std::io::Error::other(e.to_string())))?;
+        let context = self.metadata().context.clone();
         let mut request = InitRequest {
             env_vars: Some(self.environment()),
             access_token: self.spec.access_token.clone(),
             timestamp: Some(Utc::now()),
-            default_user: Some("user".to_owned()),
+            default_user: Some(context.user.unwrap_or_else(|| "user".to_owned())),
+            default_workdir: context.workdir,
             entropy: Some(base64::engine::general_purpose::STANDARD.encode(seed)),
             lifecycle_id: Some(self.spec.execution_id.clone()),
             ..InitRequest::default()
@@ -547,7 +569,26 @@ impl Sandbox {
             let console = self.machine.vm().console();
             tracing::warn!(sandbox = self.id(), "it did not boot; the end of its console:\n{console}");
         }
-        answered
+        answered?;
+        // In memory it would run already.
+        let m = self.metadata();
+        if self.was_booted() && !m.start.command.is_empty() {
+            let started = self.client()?.start(crate::start_command(&m.start, &m.context)).await;
+            started.map(drop)?;
+        }
+        Ok(())
+    }
+
+    /// A client of its envd, as one who knows its token.
+    ///
+    /// # Errors
+    /// When the token cannot be sent.
+    pub fn client(&self) -> Result<Client, CreateError> {
+        let client = Client::direct(SocketAddr::from((self.host_ip(), ENVD_PORT)));
+        match &self.spec.access_token {
+            Some(token) => Ok(client.access_token(token)?),
+            None => Ok(client),
+        }
     }
 
     /// Environment of its commands: what the build had, who it is, what its creator wants.

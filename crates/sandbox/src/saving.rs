@@ -18,7 +18,7 @@ use nidus_block::{BlockError, Diff, DiffWriter, Frozen, MappedDevice};
 use nidus_memory::pagemap::written_ranges;
 use nidus_memory::{Memfile, ProcessMemory};
 use nidus_storage::{Artifact, BuildId, StagedBuild};
-use nidus_template::TemplateMetadata;
+use nidus_template::{Context, Start, TemplateMetadata};
 use nidus_vmm::{MemoryDoor, MemorySaved, SaveMemory, SnapshotFiles};
 use tempfile::NamedTempFile;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -41,6 +41,8 @@ pub struct SaveSpec {
     pub template_id: String,
     /// Whether it gets the disk alone.
     pub filesystem_only: bool,
+    /// What holds for its programs and what was started, if that is not as in the build that it came from.
+    pub programs: Option<(Context, Start)>,
 }
 
 /// A published build of a sandbox.
@@ -283,7 +285,7 @@ pub(crate) async fn publish(
     let done = tokio::task::spawn_blocking(move || taken.store(build)).await;
     let (memory, disk) =
         done.unwrap_or_else(|e| Err(SaveError::io("store a sandbox", std::io::Error::other(e))))?;
-    let metadata = TemplateMetadata {
+    let mut metadata = TemplateMetadata {
         version: TemplateMetadata::VERSION,
         template_id: spec.template_id.clone(),
         build_id: build,
@@ -295,6 +297,9 @@ pub(crate) async fn publish(
         created_at: Utc::now(),
         ..TemplateMetadata::clone(&parent)
     };
+    if let Some((context, start)) = &spec.programs {
+        (metadata.context, metadata.start) = (context.clone(), start.clone());
+    }
     let memory_builds = memory.as_ref().map(|m| Lineage::of(&m.header));
     let disk_builds = Lineage::of(&disk.header);
     let lineages = memory_builds.iter().chain([&disk_builds]);

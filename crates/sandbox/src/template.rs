@@ -13,6 +13,7 @@ use nidus_storage::{Artifact, BuildArtifact, BuildId, Builds, StorageError};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::DriverId;
 
+use crate::factory::MachineSize;
 use crate::CreateError;
 use crate::pages::{BuildMemory, BuildPages};
 use crate::served::MemoryError;
@@ -56,6 +57,28 @@ impl OpenTemplate {
         here: &DriverId,
         memfs: Option<Arc<MemFs>>,
     ) -> Result<Self, CreateError> {
+        Self::open_as(store, build, start, None, here, memfs).await
+    }
+
+    /// Opens a build to be booted as a machine of these sizes.
+    pub async fn open_sized(
+        store: &Builds,
+        build: BuildId,
+        size: MachineSize,
+        here: &DriverId,
+        memfs: Option<Arc<MemFs>>,
+    ) -> Result<Self, CreateError> {
+        Self::open_as(store, build, Start::Boot, Some(size), here, memfs).await
+    }
+
+    async fn open_as(
+        store: &Builds,
+        build: BuildId,
+        start: Start,
+        size: Option<MachineSize>,
+        here: &DriverId,
+        memfs: Option<Arc<MemFs>>,
+    ) -> Result<Self, CreateError> {
         if !store.exists(build).await? {
             return Err(CreateError::TemplateNotFound(build));
         }
@@ -64,16 +87,21 @@ impl OpenTemplate {
             Start::Restore if metadata.filesystem_only => return Err(CreateError::DiskAlone(build)),
             Start::Restore => {
                 metadata.check_vmm(here)?;
-                mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader).await?
+                mapped(store, build, Artifact::Memfile, Artifact::MemfileHeader, None).await?
             }
             Start::Boot => {
                 metadata.vmm = here.clone();
                 // The envd that it had knew one.
                 metadata.guest.iter_mut().for_each(|g| g.access_token = None);
+                if let Some(size) = size {
+                    (metadata.vcpu, metadata.memory_mb) = (size.vcpu, size.memory_mb);
+                    metadata.disk_mb = metadata.disk_mb.max(size.disk_mb);
+                }
                 zeros(build, u64::from(metadata.memory_mb) << 20).await?
             }
         };
-        let disk = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader).await?;
+        let grown = size.map(|_| u64::from(metadata.disk_mb) << 20);
+        let disk = mapped(store, build, Artifact::Rootfs, Artifact::RootfsHeader, grown).await?;
         let rootfs: Arc<dyn ReadDevice> = disk.clone();
         let damaged = |what: String| CreateError::Damaged { build, what };
         if rootfs.size() != u64::from(metadata.disk_mb) << 20 {
@@ -152,12 +180,13 @@ async fn zeros(build: BuildId, size: u64) -> Result<Arc<MappedDevice>, CreateErr
     Ok(Arc::new(MappedDevice::open(header, nobody).await?))
 }
 
-/// The device that a build's header describes.
+/// The device that a build's header describes, of `grown` bytes if that is said.
 pub(crate) async fn mapped(
     store: &Builds,
     build: BuildId,
     artifact: Artifact,
     header: Artifact,
+    grown: Option<u64>,
 ) -> Result<Arc<MappedDevice>, CreateError> {
     let (name, text) = (header, store.read(build, header).await?);
     let damaged = |what: String| CreateError::Damaged { build, what };
@@ -165,6 +194,10 @@ pub(crate) async fn mapped(
     if header.build() != build {
         return Err(damaged(format!("{name} belongs to build {}", header.build())));
     }
+    let header = match grown {
+        Some(size) => header.grown(size).map_err(|e| damaged(e.to_string()))?,
+        None => header,
+    };
     let store = store.clone();
     Ok(Arc::new(MappedDevice::open(header, move |b| store.open_artifact(b, artifact)).await?))
 }

@@ -37,6 +37,8 @@ pub struct ColdBoot {
     pub overlay: PathBuf,
     /// Longest time until envd answers.
     pub limit: Duration,
+    /// Whether what a sandbox needs may be missing, and is to be installed by the system's own means.
+    pub provision: bool,
 }
 
 /// Commands run in the guest before the snapshot, so that what a first command needs is in the
@@ -100,7 +102,7 @@ async fn with_slot(
             track_dirty: false,
             advance_clock: false,
         };
-        log.info("boot", format!("cold boot with {}", host.vmm.id()));
+        log.info(format!("cold boot with {}", host.vmm.id()));
         let mut vm = host.vmm.boot(config, &cold.boot).await?;
         let saved = save(vm.as_mut(), slot, cold, save_memory, log, cancel).await;
         let killed = vm.kill().await;
@@ -154,41 +156,95 @@ async fn save(
     if let Some(reason) = reason {
         return Err(BuildError::NotReady { reason, console: tail(&vm.console()) });
     }
-    log.info("boot", format!("envd answers after {:.1} s", started.elapsed().as_secs_f64()));
-    warm_up(slot, vm, log, cancel).await?;
-    log.info("snapshot", "saving memory and device state");
+    log.info(format!("envd answers after {:.1} s", started.elapsed().as_secs_f64()));
+    let client = Client::direct(envd_addr(slot.host_ip()));
+    if cold.provision {
+        let provisioned = provision(&client, log, cancel).await;
+        provisioned.map_err(|reason| match reason {
+            Failed::Cancelled => BuildError::Cancelled,
+            Failed::Reason(reason) => BuildError::BadRequest(reason),
+        })?;
+    }
+    let warmed = warm_up(&client, cold.provision, log, cancel).await;
+    warmed.map_err(|reason| match reason {
+        Failed::Cancelled => BuildError::Cancelled,
+        Failed::Reason(reason) => BuildError::NotReady { reason, console: tail(&vm.console()) },
+    })?;
+    log.info("saving memory and device state");
     vm.pause().await?;
     let state = new_file(&cold.snapfile)?;
     vm.snapshot(SnapshotFiles { state, memory }).await?;
     let size = fs::metadata(&cold.snapfile).map_err(|e| BuildError::io("look at", &cold.snapfile, e))?.len();
-    log.info("snapshot", format!("device state: {} KiB", size / 1024));
+    log.info(format!("device state: {} KiB", size / 1024));
     Ok(())
 }
 
+/// Why something in the guest was not done.
+enum Failed {
+    Cancelled,
+    Reason(String),
+}
+
+/// Longest time of one command before the snapshot; installing programs takes longer.
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+const PROVISION_LIMIT: Duration = Duration::from_secs(900);
+
+async fn run(
+    client: &Client,
+    command: StartCommand,
+    limit: Duration,
+    cancel: &CancellationToken,
+) -> Result<nidus_envd_protocol::Output, Failed> {
+    let run = client.run(command.timeout(limit));
+    tokio::select! {
+        () = cancel.cancelled() => Err(Failed::Cancelled),
+        r = run => r.map_err(|e| Failed::Reason(e.to_string())),
+    }
+}
+
+/// What sandboxes need and what the images that people use may lack: commands are run by bash, `ss` and `pgrep`
+/// are what the SDKs' ready commands call, tar unpacks what is copied.
+async fn provision(client: &Client, log: &Log, cancel: &CancellationToken) -> Result<(), Failed> {
+    let script = include_str!("provision.sh");
+    let command = StartCommand::new("/bin/sh").args(["-c", script]).user("root").cwd("/");
+    let out = run(client, command, PROVISION_LIMIT, cancel).await;
+    let out = out.map_err(|e| match e {
+        Failed::Reason(e) => Failed::Reason(format!("the image has no shell (/bin/sh) that works: {e}")),
+        e => e,
+    })?;
+    for line in String::from_utf8_lossy(&out.stdout).lines() {
+        log.info(line);
+    }
+    if out.exit_code != 0 {
+        let text = String::from_utf8_lossy(&out.stderr);
+        let last = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("no reason is known").to_owned();
+        return Err(Failed::Reason(last));
+    }
+    Ok(())
+}
+
+/// In an image of somebody else's, what it does not have is left out.
 async fn warm_up(
-    slot: &NetworkSlot,
-    vm: &mut dyn Vm,
+    client: &Client,
+    lenient: bool,
     log: &Log,
     cancel: &CancellationToken,
-) -> Result<(), BuildError> {
-    let client = Client::direct(envd_addr(slot.host_ip()));
-    let commands = WARM_UP.iter().map(|c| ("user", *c)).chain([("root", "sync")]);
-    for (user, command) in commands {
-        let run = client.run(StartCommand::shell(command).user(user));
-        let done = tokio::select! {
-            () = cancel.cancelled() => return Err(BuildError::Cancelled),
-            r = tokio::time::timeout(Duration::from_secs(120), run) => r,
-        };
-        let reason = match done {
-            Ok(Ok(out)) if out.exit_code == 0 => continue,
-            Ok(Ok(out)) => {
+) -> Result<(), Failed> {
+    let commands = WARM_UP.iter().map(|c| ("user", *c, lenient)).chain([("root", "sync", false)]);
+    for (user, command, lenient) in commands {
+        let reason = match run(client, StartCommand::shell(command).user(user), COMMAND_LIMIT, cancel).await {
+            Ok(out) if out.exit_code == 0 => continue,
+            Ok(out) => {
                 format!("'{command}' exited {}: {}", out.exit_code, String::from_utf8_lossy(&out.stderr))
             }
-            Ok(Err(e)) => format!("'{command}': {e}"),
-            Err(_) => format!("'{command}' took more than 120 s"),
+            Err(Failed::Cancelled) => return Err(Failed::Cancelled),
+            Err(Failed::Reason(e)) => format!("'{command}': {e}"),
         };
-        log.at(Level::Warn, "warm-up", &reason);
-        return Err(BuildError::NotReady { reason, console: tail(&vm.console()) });
+        if !lenient {
+            log.at(Level::Warn, &reason);
+            return Err(Failed::Reason(reason));
+        }
+        log.at(Level::Debug, reason);
     }
     Ok(())
 }

@@ -68,6 +68,26 @@ impl Builder {
         crate::kernel::ensure(&self.config.kernels, cancel, line).await
     }
 
+    /// The kernel of this very version, or the newest one if none is named; fetched if there is none at all.
+    ///
+    /// # Errors
+    /// When a version was named that is not here.
+    pub(crate) async fn wanted_kernel(
+        &self,
+        version: Option<&str>,
+        cancel: &CancellationToken,
+        line: impl FnMut(&str),
+    ) -> Result<Kernel, BuildError> {
+        let kernel = self.kernel(version, cancel, line).await?;
+        match version {
+            Some(wanted) if kernel.version != wanted => Err(BuildError::BadRequest(format!(
+                "there is no kernel {wanted:?} on this node; the newest one here is {}",
+                kernel.version
+            ))),
+            _ => Ok(kernel),
+        }
+    }
+
     /// What this node boots a guest with; the initramfs is made in `work`.
     pub(crate) async fn boot(&self, kernel: &Kernel, work: &Path) -> Result<Boot, BuildError> {
         let (needs, initrd) = (self.host.vmm.needs(), work.join("initrd"));

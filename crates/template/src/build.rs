@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::boot::{ColdBoot, cold_boot};
+use crate::metadata::{Context, Start};
 use crate::{DiskError, TemplateMetadata, VmHost};
 use crate::{image, rootfs};
 
@@ -35,14 +36,14 @@ pub struct BuildLog {
     pub time: DateTime<Utc>,
     /// How serious.
     pub level: Level,
-    /// Step that it belongs to.
-    pub step: &'static str,
+    /// Step that it belongs to: `base`, the number of an instruction from 1, or `finalize`.
+    pub step: String,
     /// The text.
     pub message: String,
 }
 
 /// Where the root file system comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Source {
     /// Debian packages of a suite (`bookworm`).
     Debian {
@@ -55,6 +56,8 @@ pub enum Source {
         /// (see [`make_image`](crate::make_image)). envd is put into a copy of it.
         path: PathBuf,
     },
+    /// An image that was found in a registry. envd and what a sandbox expects are put into it.
+    Registry(Box<nidus_oci::Image>),
 }
 
 /// What to build.
@@ -74,6 +77,10 @@ pub struct BuildRequest {
     pub source: Source,
     /// The memory consists of pages of 2 MiB, out of the host's pool of them.
     pub huge_pages: bool,
+    /// Version of the guest's kernel; the newest one here when none is named.
+    pub kernel: Option<String>,
+    /// What holds for the programs of sandboxes.
+    pub context: Context,
 }
 
 impl BuildRequest {
@@ -177,6 +184,18 @@ pub enum BuildError {
     /// Network of the build's VM.
     #[error(transparent)]
     Network(#[from] nidus_network::NetworkError),
+    /// The image.
+    #[error(transparent)]
+    Image(nidus_oci::OciError),
+}
+
+impl From<nidus_oci::OciError> for BuildError {
+    fn from(e: nidus_oci::OciError) -> Self {
+        match e {
+            nidus_oci::OciError::Cancelled => Self::Cancelled,
+            e => Self::Image(e),
+        }
+    }
 }
 
 impl BuildError {
@@ -196,16 +215,37 @@ pub struct Builder {
 }
 
 /// Sends log lines of one step.
-#[derive(Clone)]
-pub(crate) struct Log(mpsc::UnboundedSender<BuildLog>);
+#[derive(Debug, Clone)]
+pub struct Log {
+    to: mpsc::UnboundedSender<BuildLog>,
+    step: String,
+}
 
 impl Log {
-    pub(crate) fn at(&self, level: Level, step: &'static str, message: impl Into<String>) {
-        let _ = self.0.send(BuildLog { time: Utc::now(), level, step, message: message.into() });
+    /// Lines of `step` go to `to`.
+    pub fn new(to: mpsc::UnboundedSender<BuildLog>, step: impl Into<String>) -> Self {
+        Self { to, step: step.into() }
     }
 
-    pub(crate) fn info(&self, step: &'static str, message: impl Into<String>) {
-        self.at(Level::Info, step, message);
+    /// The same for another step.
+    pub fn of(&self, step: impl Into<String>) -> Self {
+        Self { to: self.to.clone(), step: step.into() }
+    }
+
+    /// The step that lines belong to.
+    pub fn step(&self) -> &str {
+        &self.step
+    }
+
+    /// Sends a line.
+    pub fn at(&self, level: Level, message: impl Into<String>) {
+        let (step, message) = (self.step.clone(), message.into());
+        let _ = self.to.send(BuildLog { time: Utc::now(), level, step, message });
+    }
+
+    /// Sends a line of level info.
+    pub fn info(&self, message: impl Into<String>) {
+        self.at(Level::Info, message);
     }
 }
 
@@ -233,21 +273,17 @@ impl Builder {
     pub async fn build(
         &self,
         request: BuildRequest,
-        log: mpsc::UnboundedSender<BuildLog>,
-        cancel: CancellationToken,
+        log: &Log,
+        cancel: &CancellationToken,
     ) -> Result<TemplateMetadata, BuildError> {
         request.check()?;
-        let log = Log(log);
         let work = self.config.work.join(request.build_id.to_string());
         std::fs::create_dir_all(&work).map_err(|e| BuildError::io("make", &work, e))?;
-        let result = self.build_in(&work, &request, &log, &cancel).await;
+        let result = self.build_in(&work, &request, log, cancel).await;
         let gone = work.clone();
         let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(gone)).await;
         if !matches!(removed, Ok(Ok(()))) {
-            log.at(Level::Warn, "finish", format!("{} could not be removed", work.display()));
-        }
-        if let Err(e) = &result {
-            log.at(Level::Error, "failed", e.to_string());
+            log.at(Level::Warn, format!("{} could not be removed", work.display()));
         }
         result
     }
@@ -260,9 +296,9 @@ impl Builder {
         cancel: &CancellationToken,
     ) -> Result<TemplateMetadata, BuildError> {
         let staged = self.store.stage(request.build_id).await?;
-        log.info("kernel", "looking for a guest kernel");
-        let kernel = self.kernel(None, cancel, |l| log.info("kernel", l)).await?;
-        log.info("kernel", format!("kernel {}", kernel.version));
+        log.info("looking for a guest kernel");
+        let kernel = self.wanted_kernel(request.kernel.as_deref(), cancel, |l| log.info(l)).await?;
+        log.info(format!("kernel {}", kernel.version));
         let boot = self.boot(&kernel, work).await?;
         self.make_rootfs(work, request, &staged, log, cancel).await?;
         let boot = ColdBoot {
@@ -276,12 +312,13 @@ impl Builder {
             snapfile: staged.path(Artifact::Snapfile),
             overlay: work.join("overlay"),
             limit: READY_LIMIT,
+            provision: matches!(request.source, Source::Registry(_)),
         };
         cold_boot(&self.host, &boot, log, cancel).await?;
         let metadata = self.finish(request, kernel.version, &staged).await?;
-        log.info("publish", "publishing the artifacts");
+        log.info("publishing the artifacts");
         staged.commit().await?;
-        log.info("publish", format!("build {} is ready", request.build_id));
+        log.info(format!("build {} is ready", request.build_id));
         Ok(metadata)
     }
 
@@ -296,21 +333,24 @@ impl Builder {
         let root = work.join("rootfs");
         let tool = |l: &str| {
             let level = if l.starts_with("I: ") { Level::Info } else { Level::Debug };
-            log.at(level, "rootfs", l.trim_start_matches("I: "));
+            log.at(level, l.trim_start_matches("I: "));
         };
         let suite = match &request.source {
             Source::Debian { suite } => suite,
             Source::Image { path } => {
-                log.info("rootfs", format!("copying the image {}", path.display()));
+                log.info(format!("copying the image {}", path.display()));
                 let (to, envd) = (staged.path(Artifact::Rootfs), &self.config.envd);
                 return image::install(path, &to, envd, work, request.disk_mb, cancel, tool).await;
             }
+            Source::Registry(image) => {
+                return self.make_registry_rootfs(work, request, image, staged, log, cancel).await;
+            }
         };
-        log.info("rootfs", format!("making Debian {suite} from packages"));
+        log.info(format!("making Debian {suite} from packages"));
         rootfs::debian(suite, &root, cancel, tool).await?;
         let (tree, envd) = (root.clone(), self.config.envd.clone());
         blocking(move || rootfs::customise(&tree, &envd)).await?;
-        log.info("rootfs", format!("writing an ext4 image of {} MiB", request.disk_mb));
+        log.info(format!("writing an ext4 image of {} MiB", request.disk_mb));
         rootfs::write_ext4(&root, &staged.path(Artifact::Rootfs), request.disk_mb, cancel, tool).await?;
         blocking(move || std::fs::remove_dir_all(&root).map_err(|e| BuildError::io("remove", &root, e))).await
     }
@@ -346,6 +386,8 @@ impl Builder {
             parent: None,
             base: None,
             guest: None,
+            context: request.context.clone(),
+            start: Start::default(),
             created_at: Utc::now(),
         };
         let text = serde_json::to_vec_pretty(&metadata)
@@ -383,6 +425,8 @@ mod tests {
             disk_mb: 2048,
             source: Source::Debian { suite: "bookworm".into() },
             huge_pages: false,
+            kernel: None,
+            context: Context::default(),
         };
         assert!(good.check().is_ok());
         let text = |r: BuildRequest| r.check().unwrap_err().to_string();

@@ -14,13 +14,14 @@ mod host;
 mod image;
 mod kernel;
 mod metadata;
+mod registry_rootfs;
 mod rootfs;
 
 pub use boot::limits;
 pub use boot_files::BootFiles;
-pub use build::{BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, READY_LIMIT, Source};
+pub use build::{BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, Log, READY_LIMIT, Source};
 pub use disk::DiskServer;
 pub use host::{DiskError, RootDisk, VmHost, tap_mode};
 pub use image::{identity as image_identity, make as make_image};
 pub use kernel::ensure as ensure_kernel;
-pub use metadata::{GuestState, MetadataError, TemplateMetadata};
+pub use metadata::{Context, GuestState, MetadataError, Start, TemplateMetadata};

@@ -1,6 +1,6 @@
 //! `metadata.json` of a build: what is needed to resume it, and by what.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use chrono::{DateTime, Utc};
 use nidus_storage::BuildId;
@@ -43,8 +43,54 @@ pub struct TemplateMetadata {
     /// What the envd inside knows already; none for a template that was booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<GuestState>,
+    /// What holds for the programs of sandboxes.
+    #[serde(default, skip_serializing_if = "Context::is_empty")]
+    pub context: Context,
+    /// What runs in sandboxes from the beginning.
+    #[serde(default, skip_serializing_if = "Start::is_empty")]
+    pub start: Start,
     /// When the build was finished.
     pub created_at: DateTime<Utc>,
+}
+
+/// What the instructions of a build say of programs: those of its later steps and those of sandboxes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Context {
+    /// User; the guest's default user when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Working directory; the user's home when not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+    /// Environment.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub env_vars: BTreeMap<String, String>,
+}
+
+impl Context {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A program that runs in every sandbox of a template since it was built, and how it is known to be ready.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Start {
+    /// Command of a shell; none when empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub command: String,
+    /// Command that succeeds once it is ready; some time must do when empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub ready: String,
+}
+
+impl Start {
+    /// Whether nothing is started and nothing is waited for.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What the envd in a saved sandbox was told. Both are in the guest's memory, and so in the build.
@@ -139,6 +185,8 @@ mod tests {
             parent: None,
             base: None,
             guest: None,
+            context: Context::default(),
+            start: Start::default(),
             created_at: Utc::now(),
         }
     }

@@ -19,6 +19,11 @@ python3,python3-pip,python3-venv,sudo,tar,tzdata,unzip,wget,xz-utils,zip";
 /// Where envd lies in the guest; guest-init starts it from there.
 pub const ENVD_PATH: &str = "usr/bin/envd";
 
+/// Resolvers of guests.
+pub const RESOLV_CONF: &str = "nameserver 8.8.8.8\nnameserver 1.1.1.1\n";
+/// Mounts of guests.
+pub const FSTAB: &str = "/dev/vda / ext4 defaults,noatime 0 1\n";
+
 /// The guest's unprivileged user.
 const USER: (&str, u32) = ("user", 1000);
 
@@ -77,8 +82,8 @@ pub fn customise(root: &Path, envd: &Path) -> Result<(), BuildError> {
     write(root, "etc/hosts", &hosts)?;
     // A link into /run would dangle in a guest without a resolver daemon.
     let _ = fs::remove_file(root.join("etc/resolv.conf"));
-    write(root, "etc/resolv.conf", "nameserver 8.8.8.8\nnameserver 1.1.1.1\n")?;
-    write(root, "etc/fstab", "/dev/vda / ext4 defaults,noatime 0 1\n")?;
+    write(root, "etc/resolv.conf", RESOLV_CONF)?;
+    write(root, "etc/fstab", FSTAB)?;
     // The whole system is the user's to change: pip may install beside the packages.
     for dir in list(&root.join("usr/lib")) {
         let marker = dir.join("EXTERNALLY-MANAGED");

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use nidus_storage::BuildId;
 
-use super::{Header, HeaderError, Mapping, check_order, extents, padded};
+use super::{GRANULE, Header, HeaderError, Mapping, check_order, extents, padded};
 
 impl Header {
     /// The header of `build`, which differs from this one's build in the ranges of `changed`:
@@ -34,6 +34,18 @@ impl Header {
         stored.retain(|build, _| read.contains(build));
         Self { mappings, stored, pending: false, ..self.clone() }.checked()
     }
+
+    /// The header of a device that is larger: zeros follow, up to `size` bytes.
+    ///
+    /// Fails if that is less than it has, or no multiple of its block size.
+    pub fn grown(&self, size: u64) -> Result<Self, HeaderError> {
+        let end = padded(self.size, GRANULE)?;
+        let mut mappings = self.mappings.clone();
+        if let Some(len) = padded(size, GRANULE)?.checked_sub(end).filter(|len| *len > 0) {
+            append(&mut mappings, Mapping { offset: end, len, build: BuildId::NIL, build_offset: 0 });
+        }
+        Self { size, mappings, ..self.clone() }.checked()
+    }
 }
 
 /// Adds a mapping, as a part of the last one where it continues that.
@@ -55,7 +67,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::header::GRANULE;
+
+    #[test]
+    fn what_is_added_is_zeros() {
+        let build = BuildId::random();
+        let header = Header::identity(build, 4 * GRANULE, GRANULE).unwrap();
+        let grown = header.grown(10 * GRANULE).unwrap();
+        assert_eq!(Header::parse(&grown.to_bytes()).unwrap(), grown);
+        let last = grown.mappings().last().unwrap();
+        assert_eq!((grown.size(), last.offset, last.len), (10 * GRANULE, 4 * GRANULE, 6 * GRANULE));
+        assert!(last.build.is_nil() && grown.mappings()[0].build == build);
+        assert_eq!(header.grown(4 * GRANULE).unwrap(), header);
+        assert!(header.grown(GRANULE).is_err());
+    }
 
     const BLOCKS: u64 = 40;
 
