@@ -31,6 +31,11 @@ need openssl openssl
 need qemu-img qemu-utils
 need qemu-nbd qemu-utils
 need nbdkit nbdkit
+# For the tests of images: a registry, and the smallest system to fill it with.
+need docker-registry docker-registry
+need zstd zstd
+[ -x /bin/bash-static ] || wanted+=(bash-static)
+need busybox busybox-static
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || wanted+=(libc6-dev)
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || wanted+=(debian-archive-keyring)
 python3 -c 'import venv, ensurepip' 2>/dev/null || wanted+=(python3-venv)

@@ -17,3 +17,10 @@ def create(daemon: Daemon, **extra) -> Sandbox:
     """A new sandbox of the base template on this daemon."""
     extra.setdefault("timeout", 600)
     return Sandbox.create(**options(daemon), **extra)
+
+
+def call(daemon: Daemon, method: str, path: str, body=None):
+    """One REST call that must succeed; the decoded answer."""
+    status, answer = daemon.rest(method, path, body)
+    assert status < 400, (method, path, status, answer)
+    return answer

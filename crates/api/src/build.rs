@@ -11,7 +11,7 @@ use nidus_proto::node::{
 use uuid::Uuid;
 
 use crate::store::BuildStatus;
-use crate::templates::plain_name;
+use crate::tags::DEFAULT_TAG;
 use crate::{Api, ApiError};
 
 /// Between two looks at a build.
@@ -59,11 +59,10 @@ impl Api {
     /// # Errors
     /// When the store cannot be asked.
     pub async fn build_of(&self, name: &str) -> Result<Option<String>, ApiError> {
-        let Some(t) = self.store.template(plain_name(name)).await? else {
-            return Ok(Uuid::try_parse(name).is_ok().then(|| name.to_owned()));
-        };
-        let ready = self.store.builds(&t.id).await?.into_iter().find(|b| b.status == BuildStatus::Ready);
-        Ok(ready.map(|b| b.id))
+        match self.named(name).await? {
+            Some((_, build)) => Ok(build.map(|b| b.id)),
+            None => Ok(Uuid::try_parse(name).is_ok().then(|| name.to_owned())),
+        }
     }
 
     /// Waits until a template has a new build, since the last call of this.
@@ -176,10 +175,18 @@ impl Api {
             let m = end.metadata.unwrap_or_default();
             let (envd, kernel, vmm) = (&m.envd_version_key, &m.kernel_version, &m.firecracker_version);
             self.store.finish_build(id, m.rootfs_size_key, envd, kernel, vmm).await?;
+            let mut tags = self.store.wanted_tags(id).await?;
+            if tags.is_empty() {
+                tags.push(DEFAULT_TAG.to_owned());
+            }
+            self.store.put_tags(&config.template_id, id, &tags).await?;
             self.built.notify_one();
             return Ok(());
         }
-        let reason = end.reason.map_or_else(|| "the node does not say why".to_owned(), |r| r.message);
+        let said = end.reason.unwrap_or_default();
+        self.store.set_failure(id, said.step.as_deref(), said.layer_build_id.as_deref()).await?;
+        let reason =
+            if said.message.is_empty() { "the node does not say why".to_owned() } else { said.message };
         self.store.set_build(id, BuildStatus::Error, Some(&reason)).await?;
         Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, reason))
     }

@@ -24,7 +24,8 @@ use crate::model::{ForkRequest, ForkResult, SnapshotInfo, SnapshotRequest};
 use crate::pause::{conflict, to_its_end};
 use crate::sandboxes::{new_sandbox_id, not_found, secret, shown};
 use crate::store::{SnapshotFilter, TemplateRow};
-use crate::templates::{check_name, plain_name};
+use crate::tags::split;
+use crate::templates::check_name;
 use crate::{Api, ApiError};
 
 type Shared = State<Arc<Api>>;
@@ -217,7 +218,7 @@ pub async fn snapshot(
     OptionalInput(request): OptionalInput<SnapshotRequest>,
 ) -> Result<(StatusCode, Json<SnapshotInfo>), ApiError> {
     let filesystem_only = request.memory == Some(false);
-    let name = request.name.filter(|n| !n.is_empty()).map(|n| plain_name(&n).to_owned());
+    let name = request.name.filter(|n| !n.is_empty()).map(|n| split(&n).0.to_owned());
     if let Some(name) = &name {
         check_name(name)?;
     }
@@ -250,7 +251,7 @@ fn filter(query: &str) -> Result<SnapshotFilter, ApiError> {
         let bad = |what: &str| ApiError::bad(format!("{name} '{}' is not {what}", value.escape_debug()));
         match name.as_ref() {
             "sandboxID" => filter.sandbox = Some(value.into_owned()),
-            "name" if !value.is_empty() => filter.name = Some(plain_name(&value).to_owned()),
+            "name" if !value.is_empty() => filter.name = Some(split(&value).0.to_owned()),
             "limit" => {
                 let limit = value.parse().ok().filter(|l: &i64| *l > 0);
                 filter.limit = limit.ok_or_else(|| bad("a number from 1 to 100"))?.min(MAX_LISTED);

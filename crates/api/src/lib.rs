@@ -19,6 +19,8 @@ mod pause;
 mod sandboxes;
 mod server;
 mod store;
+mod tags;
+mod template_builds;
 mod templates;
 
 use std::sync::Arc;
@@ -64,6 +66,8 @@ pub struct Api {
     ready: AtomicBool,
     /// Told when a template has a new build.
     built: Notify,
+    /// Room that builds which were asked for and not started are to have, in MiB.
+    pub(crate) wanted_disks: parking_lot::Mutex<std::collections::HashMap<String, i32>>,
 }
 
 impl Api {
@@ -77,6 +81,7 @@ impl Api {
             in_hand: Default::default(),
             ready: AtomicBool::new(false),
             built: Notify::new(),
+            wanted_disks: Default::default(),
         })
     }
 

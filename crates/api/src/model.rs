@@ -257,6 +257,26 @@ pub struct NewTemplate {
     pub cpu_count: Option<i32>,
     #[serde(rename = "memoryMB")]
     pub memory_mb: Option<i32>,
+    pub min_free_disk_mb: Option<i32>,
+}
+
+/// What a registry wants to know of who asks.
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all_fields = "camelCase")]
+pub enum Registry {
+    #[serde(rename = "registry")]
+    General { username: String, password: String },
+    #[serde(rename = "aws")]
+    Aws { aws_access_key_id: String, aws_secret_access_key: String, aws_region: String },
+    #[serde(rename = "gcp")]
+    Gcp { service_account_json: String },
+}
+
+/// Names no secret.
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Registry")
+    }
 }
 
 /// Body of `POST /v2/templates/{templateID}/builds/{buildID}`.
@@ -265,7 +285,7 @@ pub struct NewTemplate {
 pub struct StartBuild {
     pub from_image: Option<String>,
     pub from_template: Option<String>,
-    pub from_image_registry: Option<Value>,
+    pub from_image_registry: Option<Registry>,
     pub force: Option<bool>,
     pub steps: Option<Vec<Step>>,
     pub start_cmd: Option<String>,

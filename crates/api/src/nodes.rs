@@ -4,6 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::body::Body;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
 use nidus_proto::node::garbage_service_client::GarbageServiceClient;
 use nidus_proto::node::info_service_client::InfoServiceClient;
 use nidus_proto::node::sandbox_service_client::SandboxServiceClient;
@@ -23,6 +27,9 @@ const LABELS_KEPT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub struct Nodes {
     channel: Channel,
+    /// Of the node's HTTP.
+    url: String,
+    client: Client<HttpConnector, Body>,
     said: Arc<Mutex<Option<Said>>>,
 }
 
@@ -45,7 +52,19 @@ impl Nodes {
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(20));
-        Ok(Self { channel: endpoint.connect_lazy(), said: Default::default() })
+        let client = Client::builder(TokioExecutor::new()).build_http();
+        let url = format!("http://{address}");
+        Ok(Self { channel: endpoint.connect_lazy(), url, client, said: Default::default() })
+    }
+
+    /// URL of the node's HTTP.
+    pub(crate) fn http(&self) -> &str {
+        &self.url
+    }
+
+    /// For the node's HTTP.
+    pub(crate) fn client(&self) -> &Client<HttpConnector, Body> {
+        &self.client
     }
 
     pub(crate) fn sandboxes(&self) -> SandboxServiceClient<Channel> {

@@ -19,8 +19,7 @@ use crate::model::{
     Lifecycle, ListedSandbox, NewSandbox, RefreshRequest, Sandbox, SandboxDetail, TimeoutRequest,
 };
 use crate::pause;
-use crate::store::{BuildRow, BuildStatus, TemplateRow};
-use crate::templates::plain_name;
+use crate::store::{BuildRow, TemplateRow};
 use crate::{Api, ApiError, auto_resume, network};
 
 /// Time of a sandbox made by the old call when it does not say (contract).
@@ -127,16 +126,28 @@ impl Api {
     /// The newest usable build of a template that this team may use, by id or name.
     pub(crate) async fn usable(&self, team: &str, name: &str) -> Result<(TemplateRow, BuildRow), ApiError> {
         let missing = || ApiError::not_found(format!("Template '{}' was not found", shown(name)));
-        let template = self.store.template(plain_name(name)).await?.filter(|t| t.public || t.team_id == team);
-        let template = template.ok_or_else(missing)?;
-        let builds = self.store.builds(&template.id).await?;
-        match builds.into_iter().find(|b| b.status == BuildStatus::Ready) {
-            Some(build) => Ok((template, build)),
-            None => Err(ApiError::not_found(format!(
+        if let Some(found) = self.failed_build(team, name).await? {
+            return Ok(found);
+        }
+        let found = self.named(name).await?.filter(|(t, _)| t.public || t.team_id == team);
+        match found.ok_or_else(missing)? {
+            (template, Some(build)) => Ok((template, build)),
+            (_, None) => Err(ApiError::not_found(format!(
                 "Template '{}' has no build that can be used yet",
                 shown(name)
             ))),
         }
+    }
+
+    /// The state before the step that a build failed in, by the id of that build.
+    async fn failed_build(&self, team: &str, id: &str) -> Result<Option<(TemplateRow, BuildRow)>, ApiError> {
+        if Uuid::try_parse(id).is_err() {
+            return Ok(None);
+        }
+        let Some(build) = self.store.build(id).await? else { return Ok(None) };
+        let Some(layer) = build.failed_layer.clone() else { return Ok(None) };
+        let template = self.store.template(&build.template_id).await?.filter(|t| t.team_id == team);
+        Ok(template.map(|t| (t, BuildRow { id: layer, ..build })))
     }
 
     async fn create(&self, team: Team, new: NewSandbox, default: Duration) -> Result<Sandbox, ApiError> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
-use axum::routing::{any, delete, get, post, put};
+use axum::routing::{any, get, post, put};
 use http::StatusCode;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -16,7 +16,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
-use crate::{Api, ApiError, checkpoint, expiry, garbage, network, pause, sandboxes, templates};
+use crate::{
+    Api, ApiError, checkpoint, expiry, garbage, network, pause, sandboxes, tags, template_builds, templates,
+};
 
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// A client's connection without a request for this long is closed. The SDKs keep theirs for up to
@@ -71,12 +73,27 @@ fn router(api: Arc<Api>) -> Router {
         .route("/sandboxes/{id}/network", put(network::update))
         .route("/snapshots", get(checkpoint::list))
         .route("/admin/garbage", get(garbage::collect).delete(garbage::collect))
-        .route("/templates", get(templates::list))
-        .route("/v2/templates", get(templates::list))
-        .route("/v3/templates", post(templates::request_build))
-        .route("/templates/{id}", get(templates::detail).merge(delete(templates::delete)))
+        .route("/templates", get(templates::list).post(template_builds::request_v1))
+        .route("/v2/templates", get(templates::list).post(template_builds::request_v2))
+        .route("/v3/templates", post(template_builds::request_v3))
+        .route(
+            "/templates/{id}",
+            get(templates::detail)
+                .delete(templates::delete)
+                .patch(templates::update)
+                .post(template_builds::request_v1),
+        )
+        .route("/v2/templates/{id}", axum::routing::patch(templates::update))
+        .route("/templates/{id}/files/{hash}", get(template_builds::files))
+        // The node has a limit of its own.
+        .route("/build-files/{ticket}", put(template_builds::upload).layer(DefaultBodyLimit::disable()))
+        .route("/templates/tags", post(tags::assign).delete(tags::remove))
+        .route("/templates/{id}/tags", get(tags::list))
+        .route("/templates/{id}/tags/count", get(tags::count))
+        .route("/templates/{id}/tags/exists", get(tags::exists))
+        .route("/admin/layers/prune", post(template_builds::prune))
         .route("/templates/aliases/{alias}", get(templates::alias))
-        .route("/v2/templates/{id}/builds/{build}", post(templates::start_build))
+        .route("/v2/templates/{id}/builds/{build}", post(template_builds::start_build))
         .route("/templates/{id}/builds/{build}/status", get(templates::build_status))
         .route("/templates/{id}/builds/{build}/logs", get(templates::build_logs));
     // Parts of the contract that are to come: said so, and not as if they were nowhere.
@@ -85,9 +102,6 @@ fn router(api: Arc<Api>) -> Router {
         "/sandboxes/{id}/logs",
         "/v2/sandboxes/{id}/logs",
         "/sandboxes/{id}/metrics",
-        "/templates/{id}/files/{hash}",
-        "/templates/{id}/tags",
-        "/templates/tags",
         "/teams/{id}/metrics",
         "/teams/{id}/metrics/max",
         "/volumes",

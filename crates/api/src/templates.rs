@@ -7,20 +7,21 @@ use axum::extract::{Path, Query, State};
 use chrono::{DateTime, Utc};
 use http::StatusCode;
 use nidus_proto::node::{
-    LogLevel, LogsDirection, TemplateBuildDeleteRequest, TemplateBuildLogEntry, TemplateConfig,
-    TemplateStatusRequest, TemplateStep, template_config,
+    LogLevel, LogsDirection, TemplateBuildDeleteRequest, TemplateBuildLogEntry, TemplateStatusRequest,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
-use uuid::Uuid;
 
 use crate::auth::Team;
-use crate::input::{Input, OptionalInput};
-use crate::model::{NewTemplate, StartBuild};
+use crate::input::Input;
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
+use crate::tags::split;
 use crate::{Api, ApiError};
 
-const MAX_NAME: usize = 64;
+/// Longest name of a template.
+pub const MAX_NAME: usize = 64;
+/// Lines of a log in one answer.
+const MAX_ENTRIES: u32 = 100;
 
 type Shared = State<Arc<Api>>;
 
@@ -70,20 +71,36 @@ fn missing(name: &str) -> ApiError {
 }
 
 impl Api {
-    async fn seen(&self, team: &Team, name: &str) -> Result<TemplateRow, ApiError> {
-        let t = self.store.template(name).await?.filter(|t| t.public || t.team_id == team.id);
+    pub(crate) async fn seen(&self, team: &Team, name: &str) -> Result<TemplateRow, ApiError> {
+        let t = self.store.template(split(name).0).await?.filter(|t| t.public || t.team_id == team.id);
         t.ok_or_else(|| missing(name))
     }
 
-    async fn owned(&self, team: &Team, name: &str) -> Result<TemplateRow, ApiError> {
-        let t = self.store.template(name).await?.filter(|t| t.team_id == team.id);
+    pub(crate) async fn owned(&self, team: &Team, name: &str) -> Result<TemplateRow, ApiError> {
+        let t = self.store.template(split(name).0).await?.filter(|t| t.team_id == team.id);
         t.ok_or_else(|| missing(name))
     }
 
-    async fn owned_build(&self, team: &Team, template: &str, build: &str) -> Result<BuildRow, ApiError> {
+    pub(crate) async fn owned_build(
+        &self,
+        team: &Team,
+        template: &str,
+        build: &str,
+    ) -> Result<BuildRow, ApiError> {
         let t = self.owned(team, template).await?;
         let b = self.store.build(build).await?.filter(|b| b.template_id == t.id);
         b.ok_or_else(|| ApiError::not_found(format!("The template has no build '{}'", build.escape_debug())))
+    }
+
+    /// Whether sandboxes of a template run or are paused.
+    async fn has_sandboxes(&self, t: &TemplateRow) -> Result<bool, ApiError> {
+        let paused = self.store.snapshots(&t.team_id).await?;
+        let of = |id: &str| id == t.id;
+        if paused.iter().any(|s| of(&s.config.base_template_id) || of(&s.config.template_id)) {
+            return Ok(true);
+        }
+        let running = self.nodes.list().await?;
+        Ok(running.iter().filter_map(|s| s.config.as_ref()).any(|c| of(&c.template_id)))
     }
 }
 
@@ -93,6 +110,25 @@ pub async fn list(State(api): Shared, team: Team) -> Result<Json<Vec<Value>>, Ap
         all.push(template_json(&t, &api.store.builds(&t.id).await?));
     }
     Ok(Json(all))
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Update {
+    public: Option<bool>,
+}
+
+/// Publishes a template to all teams, or takes that back.
+pub async fn update(
+    State(api): Shared,
+    team: Team,
+    Path(id): Path<String>,
+    Input(update): Input<Update>,
+) -> Result<Json<Value>, ApiError> {
+    let t = api.owned(&team, &id).await?;
+    if let Some(public) = update.public {
+        api.store.set_public(&t.id, public).await?;
+    }
+    Ok(Json(json!({ "names": t.aliases })))
 }
 
 pub async fn detail(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
@@ -113,7 +149,7 @@ pub async fn alias(
 }
 
 pub async fn delete(State(api): Shared, team: Team, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    let t = api.owned(&team, plain_name(&id)).await?;
+    let t = api.owned(&team, &id).await?;
     for b in api.store.builds(&t.id).await? {
         let request = TemplateBuildDeleteRequest { build_id: b.id.clone(), template_id: t.id.clone() };
         match api.nodes.templates().template_build_delete(request).await {
@@ -121,7 +157,11 @@ pub async fn delete(State(api): Shared, team: Team, Path(id): Path<String>) -> R
             // It failed, or is gone already.
             Err(s) if s.code() == tonic::Code::NotFound => {}
             // Sandboxes made of a snapshot outlive it; its build goes with the last of them.
-            Err(s) if s.code() == tonic::Code::FailedPrecondition && t.snapshot_of.is_some() => {
+            // What was built upon it does too.
+            Err(s)
+                if s.code() == tonic::Code::FailedPrecondition
+                    && (t.snapshot_of.is_some() || !api.has_sandboxes(&t).await?) =>
+            {
                 api.store.note_checkpoint(&b.id, &t.id).await?;
             }
             Err(s) => return Err(s.into()),
@@ -129,11 +169,6 @@ pub async fn delete(State(api): Shared, team: Team, Path(id): Path<String>) -> R
     }
     api.store.delete_template(&t.id).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// A template's name or id without its tag: builds have none yet but the one that every build has.
-pub fn plain_name(name: &str) -> &str {
-    name.strip_suffix(":default").or_else(|| name.strip_suffix(":latest")).unwrap_or(name)
 }
 
 /// A name that can stand in a URL and in front of a tag.
@@ -146,75 +181,6 @@ pub fn check_name(name: &str) -> Result<(), ApiError> {
         )));
     }
     Ok(())
-}
-
-pub async fn request_build(
-    State(api): Shared,
-    team: Team,
-    Input(new): Input<NewTemplate>,
-) -> Result<(StatusCode, Json<Value>), ApiError> {
-    if new.tags.as_ref().is_some_and(|t| !t.is_empty()) {
-        return Err(ApiError::not_yet("tags"));
-    }
-    let name = new.name.or(new.alias).ok_or_else(|| ApiError::bad("The template's name is missing"))?;
-    check_name(&name)?;
-    let (cpu, memory) = (new.cpu_count.unwrap_or(1), new.memory_mb.unwrap_or(512));
-    if !(1..=32).contains(&cpu) {
-        return Err(ApiError::bad(format!("cpuCount {cpu} is not between 1 and 32")));
-    }
-    if !(128..=65_536).contains(&memory) || memory % 2 != 0 {
-        return Err(ApiError::bad(format!("memoryMB {memory} is not an even number from 128 to 65536")));
-    }
-    let t = api.store.put_template(&team.id, &name, false).await?;
-    if t.team_id != team.id {
-        return Err(ApiError::new(StatusCode::CONFLICT, format!("Template name '{name}' is taken")));
-    }
-    let build = Uuid::new_v4().to_string();
-    api.store.add_build(&build, &t.id, cpu, memory).await?;
-    let answer = json!({
-        "templateID": t.id, "buildID": build, "public": t.public,
-        "names": t.aliases, "aliases": t.aliases, "tags": [],
-    });
-    Ok((StatusCode::ACCEPTED, Json(answer)))
-}
-
-pub async fn start_build(
-    State(api): Shared,
-    team: Team,
-    Path((template, build)): Path<(String, String)>,
-    OptionalInput(start): OptionalInput<StartBuild>,
-) -> Result<StatusCode, ApiError> {
-    let b = api.owned_build(&team, &template, &build).await?;
-    if b.status != BuildStatus::Waiting {
-        return Err(ApiError::new(StatusCode::CONFLICT, "The build was started already"));
-    }
-    if start.from_image_registry.is_some_and(|r| !r.is_null()) {
-        return Err(ApiError::not_yet("fromImageRegistry"));
-    }
-    if start.from_template.is_some() {
-        return Err(ApiError::not_yet("fromTemplate"));
-    }
-    let steps = start.steps.unwrap_or_default().into_iter().map(|s| TemplateStep {
-        r#type: s.r#type,
-        args: s.args,
-        force: s.force,
-        files_hash: s.files_hash,
-    });
-    let config = TemplateConfig {
-        template_id: b.template_id.clone(),
-        build_id: b.id.clone(),
-        memory_mb: b.memory_mb as i32,
-        v_cpu_count: b.cpu_count as i32,
-        start_command: start.start_cmd.unwrap_or_default(),
-        ready_command: start.ready_cmd.unwrap_or_default(),
-        force: start.force,
-        steps: steps.collect(),
-        source: Some(template_config::Source::FromImage(start.from_image.unwrap_or_default())),
-        team_id: team.id,
-        ..TemplateConfig::default()
-    };
-    api.start(config).await?;
-    Ok(StatusCode::ACCEPTED)
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -241,7 +207,11 @@ fn log_json(e: &TemplateBuildLogEntry) -> Value {
     let t = e.timestamp.unwrap_or_default();
     let time = DateTime::from_timestamp(t.seconds, t.nanos.max(0).cast_unsigned()).unwrap_or_default();
     let level = LogLevel::try_from(e.level).unwrap_or(LogLevel::Info).as_str_name().to_lowercase();
-    json!({ "timestamp": stamp(time), "message": e.message, "level": level, "step": e.fields.get("step") })
+    let mut entry = json!({ "timestamp": stamp(time), "message": e.message, "level": level });
+    if let Some(step) = e.fields.get("step") {
+        entry["step"] = json!(step);
+    }
+    entry
 }
 
 fn status_request(b: &BuildRow, q: &LogQuery) -> Result<TemplateStatusRequest, ApiError> {
@@ -264,7 +234,7 @@ fn status_request(b: &BuildRow, q: &LogQuery) -> Result<TemplateStatusRequest, A
         build_id: b.id.clone(),
         offset: q.logs_offset,
         level: q.level.as_deref().map(level).transpose()?,
-        limit: q.limit,
+        limit: Some(q.limit.unwrap_or(MAX_ENTRIES).min(MAX_ENTRIES)),
         start,
         end: None,
         direction: Some(backward as i32),
@@ -292,11 +262,23 @@ pub async fn build_status(
     let b = api.owned_build(&team, &template, &build).await?;
     let entries: Vec<Value> = logs.iter().map(log_json).collect();
     let lines: Vec<&str> = logs.iter().map(|l| l.message.as_str()).collect();
-    let reason = b.reason.as_ref().map(|r| json!({ "message": r, "logEntries": [] }));
-    Ok(Json(json!({
+    let mut answer = json!({
         "templateID": b.template_id, "buildID": b.id, "status": b.status,
-        "logs": lines, "logEntries": entries, "reason": reason,
-    })))
+        "logs": lines, "logEntries": entries,
+    });
+    // What there is not is left out: clients do not expect null.
+    if let Some(message) = &b.reason {
+        let mut reason = json!({ "message": message, "logEntries": [] });
+        if let Some(step) = &b.failed_step {
+            reason["step"] = json!(step);
+        }
+        if b.failed_layer.is_some() {
+            // Ours: what sandboxes of the state before the failure are made of.
+            reason["layer"] = json!(b.id);
+        }
+        answer["reason"] = reason;
+    }
+    Ok(Json(answer))
 }
 
 pub async fn build_logs(

@@ -94,7 +94,8 @@ impl Pipeline {
         let sizes = (size.vcpu, size.memory_mb, size.disk_mb);
         let key = LayerKey::of("size", &(key, sizes, &self.vmm));
         let (vcpu, memory, disk) = sizes;
-        let title = format!("{title}, booted with {vcpu} vCPUs, {memory} MiB of memory and {disk} MiB of disk");
+        let title =
+            format!("{title}, booted with {vcpu} vCPUs, {memory} MiB of memory and {disk} MiB of disk");
         match self.find(run, key, &title).await? {
             Found::Cached(layer) => Ok((key, layer)),
             Found::Make(turn) => {

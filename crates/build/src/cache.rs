@@ -136,12 +136,7 @@ impl Cache {
     }
 
     /// Removes a layer that nobody needs; whether it is gone.
-    async fn remove(
-        &self,
-        factory: &Factory,
-        key: LayerKey,
-        layer: &Layer,
-    ) -> Result<bool, PipelineError> {
+    async fn remove(&self, factory: &Factory, key: LayerKey, layer: &Layer) -> Result<bool, PipelineError> {
         let _steady = self.steady.lock().await;
         let build = layer.build_id;
         if self.held.lock().contains_key(&build) {

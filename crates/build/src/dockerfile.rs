@@ -100,11 +100,14 @@ impl Dockerfile {
                 }
                 "FROM" => {
                     let image = expand(rest, &|n| lookup(&[&global], n));
-                    let words: Vec<&str> = image.split_whitespace().filter(|w| !w.starts_with("--")).collect();
+                    let words: Vec<&str> =
+                        image.split_whitespace().filter(|w| !w.starts_with("--")).collect();
                     match words.as_slice() {
                         ["scratch", ..] => return Err(error("FROM scratch has no system to run in".into())),
                         [image] => file.from = (*image).to_owned(),
-                        [image, keyword, _] if keyword.eq_ignore_ascii_case("as") => file.from = (*image).to_owned(),
+                        [image, keyword, _] if keyword.eq_ignore_ascii_case("as") => {
+                            file.from = (*image).to_owned()
+                        }
                         _ => return Err(error("FROM takes the name of an image".into())),
                     }
                 }
@@ -117,7 +120,8 @@ impl Dockerfile {
                         };
                         let from = if file.from.is_empty() { &global } else { &known };
                         let default = default.map(|d| expand(&d, &|n| lookup(&[from], n)));
-                        let value = args.get(&name).cloned().or(default).or_else(|| global.get(&name).cloned());
+                        let value =
+                            args.get(&name).cloned().or(default).or_else(|| global.get(&name).cloned());
                         if let Some(value) = value {
                             pairs.push((name, value));
                         }
@@ -207,11 +211,8 @@ fn logical_lines(text: &str, escape: &mut char) -> Result<Vec<Line>, DockerfileE
             Some(part) => (part.trim_end(), true),
             None => (trimmed, false),
         };
-        let line = open.get_or_insert_with(|| Line {
-            number: n + 1,
-            text: String::new(),
-            documents: Vec::new(),
-        });
+        let line =
+            open.get_or_insert_with(|| Line { number: n + 1, text: String::new(), documents: Vec::new() });
         if !line.text.is_empty() {
             line.text.push(' ');
         }
@@ -288,11 +289,7 @@ fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-fn copy(
-    word: &str,
-    text: &str,
-    replace: &dyn Fn(&str) -> String,
-) -> Result<CopySource, String> {
+fn copy(word: &str, text: &str, replace: &dyn Fn(&str) -> String) -> Result<CopySource, String> {
     let (flags, rest) = flags(text);
     let (mut owner, mut mode) = (None, None);
     for flag in flags {

@@ -147,9 +147,7 @@ impl FileStore {
         let mut body = std::pin::pin!(body);
         while let Some(piece) = body.next().await {
             let piece = piece.map_err(|e| FilesError::Broken(e.to_string()))?;
-            left = left
-                .checked_sub(piece.len() as u64)
-                .ok_or(FilesError::TooLarge(self.max_bytes >> 20))?;
+            left = left.checked_sub(piece.len() as u64).ok_or(FilesError::TooLarge(self.max_bytes >> 20))?;
             file.write_all(&piece).await.map_err(|e| io("write", &part, e))?;
         }
         file.sync_all().await.map_err(|e| io("write", &part, e))?;

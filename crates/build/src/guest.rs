@@ -16,6 +16,7 @@ use crate::PipelineError;
 const TAIL: usize = 20;
 /// Longest line that is shown; the rest of it is left out.
 const MAX_LINE: usize = 4096;
+const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Bytes of files that one message carries.
 const PIECE: usize = 512 << 10;
 
@@ -186,7 +187,8 @@ impl Guest<'_> {
 
 fn script_command(script: &str, words: &[&str]) -> StartCommand {
     let args = ["-c", script, "nidus"].into_iter().chain(words.iter().copied());
-    StartCommand::new("/bin/bash").args(args).user("root").cwd("/")
+    // Whatever path the template sets for its own programs.
+    StartCommand::new("/bin/bash").args(args).user("root").cwd("/").env("PATH", SYSTEM_PATH)
 }
 
 #[cfg(test)]

@@ -18,7 +18,12 @@ use crate::pipeline::{Pipeline, Run};
 
 /// What is done in the VM of a step.
 pub(crate) enum Work {
-    Run { command: String, user: String, directory: Option<String>, env: BTreeMap<String, String> },
+    Run {
+        command: String,
+        user: String,
+        directory: Option<String>,
+        env: BTreeMap<String, String>,
+    },
     Copy {
         source: String,
         target: String,
@@ -29,16 +34,22 @@ pub(crate) enum Work {
     },
     /// Login shells get this path.
     Path(String),
-    Directory { path: String, owner: String },
+    Directory {
+        path: String,
+        owner: String,
+    },
     User(String),
     /// The root file system takes the room that its disk has now.
     Grow,
-    Finalize { start: Start, context: Context, restart: bool },
+    Finalize {
+        start: Start,
+        context: Context,
+        restart: bool,
+    },
 }
 
 /// Makes a directory and those above it; a new one is the user's. words: PATH OWNER
-const DIRECTORY: &str =
-    r#"set -e; [ -d "$1" ] && exit 0; mkdir -p "$1"; chown "$2:$(id -gn "$2")" "$1""#;
+const DIRECTORY: &str = r#"set -e; [ -d "$1" ] && exit 0; mkdir -p "$1"; chown "$2:$(id -gn "$2")" "$1""#;
 
 /// Makes a user with a home and the right to be root, unless there is one. words: NAME
 const USER: &str = r#"set -e
@@ -50,7 +61,8 @@ echo "$1 ALL=(ALL) NOPASSWD: ALL" > "/etc/sudoers.d/nidus-$1"
 chmod 0440 "/etc/sudoers.d/nidus-$1""#;
 
 /// Debian's /etc/profile sets a path of its own and then reads these. words: PATH
-const PATH: &str = r#"mkdir -p /etc/profile.d && printf 'export PATH=%q\n' "$1" > /etc/profile.d/nidus-path.sh"#;
+const PATH: &str =
+    r#"mkdir -p /etc/profile.d && printf 'export PATH=%q\n' "$1" > /etc/profile.d/nidus-path.sh"#;
 
 const GROW: &str = r#"command -v resize2fs >/dev/null || { echo "resize2fs is missing: the disk cannot grow (Debian: e2fsprogs)" >&2; exit 1; }
 resize2fs "$(findmnt -n -o SOURCE / 2>/dev/null || echo /dev/vda)" 2>&1 && sync"#;

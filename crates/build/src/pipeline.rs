@@ -13,10 +13,10 @@ use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::cache::{Cache, Held};
+use crate::env::{expand, lookup};
 use crate::files::FileStore;
 use crate::key::LayerKey;
 use crate::layers::{Layer, LayerIndex, Pruned};
-use crate::env::{expand, lookup};
 use crate::machine::Work;
 use crate::step::{environment, join};
 use crate::{PipelineError, Step};
@@ -113,6 +113,27 @@ pub struct BuildSpec {
     pub force: bool,
     /// What its VMs may reach.
     pub network: NetworkSpec,
+}
+
+impl BuildSpec {
+    /// Checks the sizes; 0 stands for those of the template that is built upon.
+    ///
+    /// # Errors
+    /// That says which one is out of bounds.
+    pub fn check(&self) -> Result<(), String> {
+        let own = |value: u32| value != 0 || !matches!(self.base, Base::Template { .. });
+        if own(self.vcpu) && !(1..=32).contains(&self.vcpu) {
+            return Err(format!("{} vCPUs are not between 1 and 32", self.vcpu));
+        }
+        let memory = self.memory_mb;
+        if own(memory) && (!(128..=65_536).contains(&memory) || !memory.is_multiple_of(2)) {
+            return Err(format!("{memory} MiB of memory are not an even number from 128 to 65536"));
+        }
+        if own(self.disk_mb) && !(512..=1_048_576).contains(&self.disk_mb) {
+            return Err(format!("a disk of {} MiB is not between 512 and 1048576", self.disk_mb));
+        }
+        Ok(())
+    }
 }
 
 /// A build that was published.

@@ -81,9 +81,9 @@ impl Step {
                 if args.is_empty() || !args.len().is_multiple_of(2) {
                     return words(kind, "needs names and values in turn");
                 }
-                let pairs: Vec<_> =
-                    args.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
-                let bad = pairs.iter().find(|(n, v)| n.is_empty() || n.contains(['=', '\0']) || v.contains('\0'));
+                let pairs: Vec<_> = args.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+                let bad =
+                    pairs.iter().find(|(n, v)| n.is_empty() || n.contains(['=', '\0']) || v.contains('\0'));
                 if let Some((name, _)) = bad {
                     return words(kind, &format!("'{}' is no name of a variable", name.escape_debug()));
                 }
@@ -137,7 +137,11 @@ impl Step {
             Self::User(user) => format!("USER {user}"),
         };
         let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        if line.chars().count() > 200 { format!("{}…", line.chars().take(199).collect::<String>()) } else { line }
+        if line.chars().count() > 200 {
+            format!("{}…", line.chars().take(199).collect::<String>())
+        } else {
+            line
+        }
     }
 }
 

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, anyhow, bail};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use futures::TryStreamExt;
+use http_body_util::{BodyExt, Full, Limited, StreamBody};
+use hyper::body::Frame;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::client::legacy::{Client as Http, connect::HttpConnector};
 use hyper_util::rt::TokioExecutor;
@@ -87,6 +89,27 @@ impl Client {
             bail!("{message}");
         }
         bail!("{message} ({})", status.as_u16())
+    }
+}
+
+impl Client {
+    /// Sends a file to an address that the server gave for it.
+    pub async fn upload(&self, url: &str, file: std::fs::File) -> anyhow::Result<()> {
+        let length = file.metadata().context("Cannot look at the files to be sent")?.len();
+        let pieces = tokio_util::io::ReaderStream::with_capacity(tokio::fs::File::from_std(file), 256 << 10);
+        let body = StreamBody::new(pieces.map_ok(Frame::data));
+        let request = Request::put(url).header("content-length", length).body(body);
+        let request = request.with_context(|| format!("'{url}' is not a URL"))?;
+        let http = Http::builder(TokioExecutor::new()).build_http();
+        let answer =
+            http.request(request).await.map_err(|e| anyhow!("The files were not sent to {url}: {e}"))?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(());
+        }
+        let text = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+        let text = text.map(|t| String::from_utf8_lossy(&t.to_bytes()).into_owned()).unwrap_or_default();
+        bail!("The files were refused ({}): {text}", status.as_u16())
     }
 }
 

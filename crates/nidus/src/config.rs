@@ -11,6 +11,7 @@ use figment::Figment;
 use figment::providers::{Env, Format as _, Serialized, Toml};
 use ipnet::Ipv4Net;
 use nidus_egress::GatewayConfig;
+use nidus_oci::{RegistryHost, RegistrySettings};
 use nidus_proxy::{Certificate, ProxyConfig};
 use nidus_telemetry::Format;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -137,6 +138,19 @@ pub struct Config {
     /// Connections that a sandbox may have open at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox_connections: Option<u32>,
+    /// Template builds at once; each has a VM.
+    pub max_builds: usize,
+    /// Seconds that a template build may take.
+    pub build_timeout_s: u64,
+    /// Most MiB that clients may upload for one step of a build.
+    pub upload_limit_mb: u64,
+    /// Room on the disk for layers of template builds, in MiB: those that were not used for the longest time go first.
+    pub layer_cache_mb: u64,
+    /// What is to be known of registries, by HOST or HOST:PORT: `mirror` is asked in its place, `plain_http` is without TLS,
+    /// `private` may have a private address. In the environment: `HOST=OPTION+OPTION`, several with
+    /// commas between, as `docker.io=mirror:127.0.0.1:5000,127.0.0.1:5000=plain_http+private`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "registries")]
+    pub registries: BTreeMap<String, RegistryHost>,
     /// VMMs run as the user ids from here on.
     pub uid_base: u32,
     /// What is logged, as `info,nidus_proxy=debug`.
@@ -218,6 +232,11 @@ impl Default for Config {
             allowed_private: Vec::new(),
             sandbox_bandwidth: None,
             sandbox_connections: None,
+            max_builds: 2,
+            build_timeout_s: 3600,
+            upload_limit_mb: 4 << 10,
+            layer_cache_mb: 20 << 10,
+            registries: BTreeMap::new(),
             uid_base: 1_879_000_000,
             log: "info,sqlx=warn,h2=warn,hyper=warn".into(),
             log_format: Format::Text,
@@ -271,6 +290,7 @@ impl Config {
             sandbox_bandwidth: Some(0),
             sandbox_connections: Some(0),
             local_images: [(String::new(), PathBuf::new())].into(),
+            registries: [(String::new(), RegistryHost::default())].into(),
             ..Self::default()
         }) {
             Ok(serde_json::Value::Object(fields)) => fields.keys().cloned().collect(),
@@ -319,6 +339,19 @@ impl Config {
             whole.or_else(|_| alone()).map_err(|_| anyhow!("dns: '{server}' is not IP or IP:PORT"))
         };
         named.iter().map(parse).collect()
+    }
+
+    /// How registries may be asked.
+    pub fn registry_settings(&self) -> RegistrySettings {
+        let allowed = self.allowed_private.clone();
+        let is_denied = move |ip: IpAddr| match ip.to_canonical() {
+            IpAddr::V4(ip) => nidus_network::is_denied(ip, &allowed),
+            // Loopback, unspecified, unique local and link-local.
+            IpAddr::V6(ip) => {
+                ip.is_loopback() || ip.is_unspecified() || ip.is_unique_local() || ip.is_unicast_link_local()
+            }
+        };
+        RegistrySettings { hosts: self.registries.clone(), is_denied: Arc::new(is_denied) }
     }
 
     /// How the egress gateway works.
@@ -421,6 +454,35 @@ fn names<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<String>>, D::E
 }
 
 /// A table, or the environment's `NAME=PATH,NAME=PATH`.
+/// A table, or one line of the environment.
+fn registries<'de, D: Deserializer<'de>>(de: D) -> Result<BTreeMap<String, RegistryHost>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        Table(BTreeMap<String, RegistryHost>),
+        Line(String),
+    }
+    let text = match Form::deserialize(de)? {
+        Form::Table(table) => return Ok(table),
+        Form::Line(text) => text,
+    };
+    let entry = |entry: &str| {
+        let bad = || serde::de::Error::custom(format!("registries: '{entry}' is not HOST=OPTION+OPTION"));
+        let (host, options) = entry.split_once('=').ok_or_else(bad)?;
+        let mut said = RegistryHost::default();
+        for option in options.split('+') {
+            match option.split_once(':') {
+                Some(("mirror", mirror)) => said.mirror = Some(mirror.to_owned()),
+                None if option == "plain_http" => said.plain_http = true,
+                None if option == "private" => said.private = true,
+                _ => return Err(bad()),
+            }
+        }
+        Ok((host.to_owned(), said))
+    };
+    text.split(',').filter(|e| !e.is_empty()).map(entry).collect()
+}
+
 fn images<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, PathBuf>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]

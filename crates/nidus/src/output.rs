@@ -1,10 +1,7 @@
 //! Tables for people, JSON for programs.
 
-use std::time::Duration;
-
 use chrono::{DateTime, Utc};
 use comfy_table::{Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// How to print.
@@ -36,17 +33,6 @@ impl Output {
         for line in table.to_string().lines() {
             println!("{}", line.strip_prefix(' ').unwrap_or(line).trim_end());
         }
-    }
-
-    /// A line that turns while something takes its time; nothing on a pipe.
-    pub fn spinner(&self, text: &str) -> ProgressBar {
-        if self.json {
-            return ProgressBar::hidden();
-        }
-        let bar = ProgressBar::new_spinner().with_message(text.to_owned());
-        bar.set_style(ProgressStyle::default_spinner());
-        bar.enable_steady_tick(Duration::from_millis(120));
-        bar
     }
 }
 

@@ -42,11 +42,7 @@ impl Recipe {
     /// The digest that a build made now would have.
     pub fn of(config: &Config, with: &MadeWith) -> anyhow::Result<String> {
         let mut hash = Sha256::new();
-        for path in [&with.envd, &with.guest_init] {
-            let mut file = File::open(path).with_context(|| format!("Cannot read {}", path.display()))?;
-            io::copy(&mut file, &mut HashWriter(&mut hash))
-                .with_context(|| format!("Cannot read {}", path.display()))?;
-        }
+        hash.update(programs(&[&with.envd, &with.guest_init])?);
         let rest = (
             &config.base_image,
             config.base_cpu,
@@ -61,7 +57,7 @@ impl Recipe {
         if let Some(image) = config.local_images.get(&config.base_image) {
             hash.update(serde_json::to_vec(&(image, nidus_template::image_identity(image)?))?);
         }
-        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+        Ok(hex(hash))
     }
 
     /// The one that was saved, if it can be read.
@@ -75,6 +71,21 @@ impl Recipe {
         std::fs::write(&path, serde_json::to_vec(self)?)
             .with_context(|| format!("Cannot write {}", path.display()))
     }
+}
+
+/// A digest of programs.
+pub fn programs(paths: &[&Path]) -> anyhow::Result<String> {
+    let mut hash = Sha256::new();
+    for path in paths {
+        let mut file = File::open(path).with_context(|| format!("Cannot read {}", path.display()))?;
+        io::copy(&mut file, &mut HashWriter(&mut hash))
+            .with_context(|| format!("Cannot read {}", path.display()))?;
+    }
+    Ok(hex(hash))
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 struct HashWriter<'a>(&'a mut Sha256);

@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use nidus_api::{Api, ApiConfig, Nodes, Store, TemplateSpec, VMM_LABEL};
+use nidus_build::{Pipeline, PipelineConfig};
 use nidus_egress::Gateway;
 use nidus_network::{NetworkConfig, Pool, TapMode};
+use nidus_oci::Registry;
 use nidus_orchestrator::{NetworkParts, Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, Listeners};
 use nidus_sandbox::{Factory, FactoryConfig};
@@ -40,6 +42,8 @@ const INSTANCE: &str = "nidus";
 const ENVD_LIMIT: Duration = Duration::from_secs(60);
 /// Wait for the first warm machine before the API says that it is ready; it would work without.
 const WARM_LIMIT: Duration = Duration::from_secs(20);
+/// Longest time until what a template starts is ready.
+const TEMPLATE_READY_LIMIT: Duration = Duration::from_secs(600);
 
 /// MiB that can be written below `dir`.
 pub fn free_mib(dir: &Path) -> anyhow::Result<u64> {
@@ -209,15 +213,32 @@ impl Parts {
             envd_limit: ENVD_LIMIT,
             template_ttl: Duration::from_secs(config.template_ttl_s),
         };
+        let pipeline = PipelineConfig {
+            layers: dir.join("layers"),
+            files: dir.join("build-files"),
+            max_upload_bytes: config.upload_limit_mb << 20,
+            build_limit: Duration::from_secs(config.build_timeout_s),
+            ready_limit: TEMPLATE_READY_LIMIT,
+            programs: crate::recipe::programs(&[&build.envd, &build.guest_init])?,
+        };
         let started = async {
             let host = VmHost::open(vmm.clone(), network.clone(), config.uid_base, INSTANCE).await?;
             let host = Arc::new(host);
             let builder = Arc::new(Builder::new(build, store.clone(), host.clone()));
             let factory = Factory::start(factory, store, host.clone(), builder.clone(), gateway.clone())?;
-            Ok::<_, anyhow::Error>((host, builder, factory))
+            let factory = Arc::new(factory);
+            let registry = Registry::new(config.registry_settings())?;
+            let pipeline = Pipeline::new(pipeline, builder, factory.clone(), registry, vmm.id().to_string());
+            match pipeline {
+                Ok(pipeline) => Ok::<_, anyhow::Error>((host, Arc::new(pipeline), factory)),
+                Err(e) => {
+                    factory.shutdown().await;
+                    Err(e.into())
+                }
+            }
         };
-        let (host, builder, factory) = match started.await {
-            Ok((host, builder, factory)) => (host, builder, Arc::new(factory)),
+        let (host, pipeline, factory) = match started.await {
+            Ok(parts) => parts,
             Err(e) => {
                 network.shutdown().await;
                 cgroups.remove();
@@ -234,13 +255,16 @@ impl Parts {
             default_disk_mb: config.disk_mb,
             huge_pages: config.huge_pages,
             local_images: config.local_images.clone(),
+            url: format!("http://{}", config.node_addr),
+            max_builds: config.max_builds,
+            layer_cache_bytes: config.layer_cache_mb << 20,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_dir: dir.clone(),
         };
         let node = Node::new(
             node,
             factory.clone(),
-            builder,
+            pipeline,
             catalog.clone(),
             Arc::new(events),
             NetworkParts { gateway, logs: Arc::new(TracingLogs) },

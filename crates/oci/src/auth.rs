@@ -88,7 +88,8 @@ async fn aws_login(
     region: &str,
 ) -> Result<(String, String), OciError> {
     let bad = |text: &str| OciError::BadCredentials(text.to_owned());
-    if region.is_empty() || !region.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') {
+    if region.is_empty() || !region.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    {
         return Err(bad("the AWS region has letters, digits and '-'"));
     }
     let url = format!("https://api.ecr.{region}.amazonaws.com/");
@@ -114,8 +115,7 @@ async fn aws_login(
     struct Answer {
         authorization_data: Vec<Data>,
     }
-    let answer: Answer =
-        serde_json::from_slice(&text).map_err(|e| OciError::malformed("ECR's answer", e))?;
+    let answer: Answer = serde_json::from_slice(&text).map_err(|e| OciError::malformed("ECR's answer", e))?;
     let token = answer.authorization_data.first().map(|d| d.authorization_token.as_str()).unwrap_or_default();
     let pair = STANDARD.decode(token).ok().and_then(|b| String::from_utf8(b).ok());
     let pair = pair.as_deref().and_then(|p| p.split_once(':'));

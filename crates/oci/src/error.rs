@@ -17,7 +17,9 @@ pub enum OciError {
     #[error("the registry's credentials cannot be used: {0}")]
     BadCredentials(String),
     /// A host that may not be asked.
-    #[error("the registry {host} {reason}; the host's owner may allow it: registries = {{ \"{host}\" = ... }} in the configuration")]
+    #[error(
+        "the registry {host} {reason}; the host's owner may allow it: registries = {{ \"{host}\" = ... }} in the configuration"
+    )]
     HostDenied {
         /// Host and port.
         host: String,
@@ -33,7 +35,9 @@ pub enum OciError {
         reason: String,
     },
     /// It wants other credentials, or hides the image.
-    #[error("the registry {host} refuses access to {what} ({status}): is it public, are the credentials right?")]
+    #[error(
+        "the registry {host} refuses access to {what} ({status}): is it public, are the credentials right?"
+    )]
     Unauthorized {
         /// Host and port.
         host: String,

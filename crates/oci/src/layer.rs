@@ -97,10 +97,9 @@ impl<R: Read> Read for Bounded<R> {
             return Err(io::Error::other("cancelled"));
         }
         let n = self.inner.read(buf)?;
-        self.left = self
-            .left
-            .checked_sub(n as u64)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::FileTooLarge, "it unpacks to more than an image may have"))?;
+        self.left = self.left.checked_sub(n as u64).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::FileTooLarge, "it unpacks to more than an image may have")
+        })?;
         self.hasher.update(&buf[..n]);
         Ok(n)
     }
@@ -116,8 +115,8 @@ fn unpack(mut file: File, path: &Path) -> Result<Box<dyn Read>, OciError> {
     Ok(match &magic[..n] {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(buffered)),
         [0x28, 0xb5, 0x2f, 0xfd] => {
-            let mut decoder = zstd::Decoder::with_buffer(buffered)
-                .map_err(|e| OciError::io("unpack", path, e))?;
+            let mut decoder =
+                zstd::Decoder::with_buffer(buffered).map_err(|e| OciError::io("unpack", path, e))?;
             decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(|e| OciError::io("unpack", path, e))?;
             Box::new(decoder)
         }
@@ -138,12 +137,8 @@ pub(crate) fn apply(
     let file = File::open(path).map_err(|e| OciError::io("open", path, e))?;
     // Headers and padding: up to four blocks an entry.
     let left = limits.bytes.saturating_sub(contents.bytes) + (limits.entries as u64).saturating_mul(512);
-    let mut reader = Bounded {
-        inner: unpack(file, path)?,
-        hasher: Sha256::new(),
-        left,
-        cancel: cancel.clone(),
-    };
+    let mut reader =
+        Bounded { inner: unpack(file, path)?, hasher: Sha256::new(), left, cancel: cancel.clone() };
     apply_layer(tree, contents, layer, &mut reader, limits)
         .map_err(|e| if cancel.is_cancelled() { OciError::Cancelled } else { e })?;
     // The archive's end is not the file's: the rest counts for the digest.
@@ -181,7 +176,8 @@ impl Extended {
         while !data.is_empty() {
             let space = data.iter().position(|b| *b == b' ').ok_or("a pax record without a length")?;
             let len = std::str::from_utf8(&data[..space]).ok().and_then(|t| t.parse::<usize>().ok());
-            let len = len.filter(|n| *n > space + 1 && *n <= data.len()).ok_or("a pax record of no length")?;
+            let len =
+                len.filter(|n| *n > space + 1 && *n <= data.len()).ok_or("a pax record of no length")?;
             let record = &data[space + 1..len];
             let record = record.strip_suffix(b"\n").ok_or("a pax record without an end")?;
             let equals = record.iter().position(|b| *b == b'=').ok_or("a pax record without a value")?;
@@ -219,6 +215,16 @@ impl Extended {
     }
 }
 
+/// The tree of one archive that is not compressed; contents go below the new directory `work`. Blocks.
+///
+/// # Errors
+/// On the first entry that would not stay inside, cannot be or is too much.
+pub fn read_layer(archive: &mut dyn Read, work: &Path, limits: &Limits) -> Result<Tree, OciError> {
+    let (mut tree, mut contents) = (Tree::default(), Contents::create(work.to_owned())?);
+    apply_layer(&mut tree, &mut contents, 1, archive, limits)?;
+    Ok(tree)
+}
+
 /// Applies one archive to a tree. Blocks.
 ///
 /// # Errors
@@ -252,9 +258,9 @@ pub(crate) fn apply_layer(
             match kind {
                 EntryType::GNULongName => extended.path = Some(text(data)),
                 EntryType::GNULongLink => extended.link = Some(text(data)),
-                EntryType::XHeader => extended
-                    .read_pax(&data)
-                    .map_err(|e| OciError::malformed(format!("layer {layer}"), e))?,
+                EntryType::XHeader => {
+                    extended.read_pax(&data).map_err(|e| OciError::malformed(format!("layer {layer}"), e))?
+                }
                 // Of no entry in particular: comments.
                 _ => {}
             }
@@ -321,7 +327,8 @@ fn add(
     let header = entry.header().clone();
     let id = |given: Option<u64>, header: io::Result<u64>| {
         let id = given.map_or(header, Ok).map_err(broken)?;
-        u32::try_from(id).map_err(|_| OciError::malformed(format!("layer {layer}"), "an owner that is no number"))
+        u32::try_from(id)
+            .map_err(|_| OciError::malformed(format!("layer {layer}"), "an owner that is no number"))
     };
     let meta = Meta {
         mode: header.mode().map_err(broken)? & 0o7777,
@@ -440,8 +447,7 @@ mod tests {
         for (n, bytes) in layers.iter().enumerate() {
             let path = dir.path().join(format!("layer-{n}"));
             std::fs::write(&path, bytes).unwrap();
-            let digest =
-                apply(&mut tree, &mut contents, n + 1, &path, &LIMITS, &CancellationToken::new())?;
+            let digest = apply(&mut tree, &mut contents, n + 1, &path, &LIMITS, &CancellationToken::new())?;
             if bytes.get(257..262) == Some(b"ustar") {
                 assert_eq!(digest, Digest::of(bytes));
             }
@@ -539,6 +545,30 @@ mod tests {
             assert!(text.contains("pax"), "{text}");
         }
         assert!(!refused(vec![b'x'; 2048]).is_empty());
+    }
+
+    proptest::proptest! {
+        /// What is nearly an archive is refused or taken, and never more than that.
+        #[test]
+        fn damaged_archives_are_no_trouble(
+            cuts in proptest::collection::vec((0usize..6000, proptest::prelude::any::<u8>()), 0..20),
+            len in 0usize..6000,
+        ) {
+            let mut layer = Vec::new();
+            entry(&mut layer, EntryType::XHeader, "x", "", &pax(&[("path", b"a/b"), ("size", b"3")]));
+            entry(&mut layer, EntryType::Regular, "short", "", b"abc");
+            entry(&mut layer, EntryType::GNULongName, "l", "", b"long/name\0");
+            entry(&mut layer, EntryType::Link, "short", "a/b", b"");
+            entry(&mut layer, EntryType::Symlink, "s", "../..", b"");
+            layer.resize(layer.len() + 1024, 0);
+            for (at, byte) in cuts {
+                let at = at % layer.len();
+                layer[at] = byte;
+            }
+            layer.truncate(len.max(512));
+            let dir = tempfile::tempdir().unwrap();
+            let _ = read_layer(&mut layer.as_slice(), &dir.path().join("contents"), &LIMITS);
+        }
     }
 
     #[test]

@@ -72,7 +72,8 @@ impl FromStr for Reference {
         };
         let host = if host == "index.docker.io" { DOCKER } else { host };
         let plain_host = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':' | b'[' | b']');
-        if !host.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '[') || !host.bytes().all(plain_host) {
+        if !host.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '[') || !host.bytes().all(plain_host)
+        {
             return Err(bad("the registry's name is none"));
         }
         if name.len() > MAX_NAME || path.is_empty() || !path.split('/').all(is_component) {

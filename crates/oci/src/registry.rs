@@ -226,8 +226,7 @@ impl Session {
         let digest = of.digest()?;
         let what = format!("layer {number} ({digest})");
         let mut response = self.get(self.url(&["blobs", &digest.to_string()])?, &what).await?;
-        let mut file =
-            tokio::fs::File::create_new(to).await.map_err(|e| OciError::io("make", to, e))?;
+        let mut file = tokio::fs::File::create_new(to).await.map_err(|e| OciError::io("make", to, e))?;
         let (mut hasher, mut left) = (Sha256::new(), of.size);
         while let Some(piece) = response.chunk().await.map_err(|e| self.endpoint.failed(&e))? {
             left = left.checked_sub(piece.len() as u64).ok_or_else(|| {

@@ -44,8 +44,11 @@ pub struct RegistrySettings {
     /// By host, with the port if there is one.
     pub hosts: BTreeMap<String, RegistryHost>,
     /// Which addresses are refused.
-    pub is_denied: fn(IpAddr) -> bool,
+    pub is_denied: Denies,
 }
+
+/// Says of an address whether it is refused.
+pub type Denies = Arc<dyn Fn(IpAddr) -> bool + Send + Sync>;
 
 /// A client and where it may go.
 #[derive(Clone)]
@@ -56,11 +59,11 @@ pub(crate) struct Transport {
     private: Client,
 }
 
-struct PublicOnly(fn(IpAddr) -> bool);
+struct PublicOnly(Denies);
 
 impl Resolve for PublicOnly {
     fn resolve(&self, name: Name) -> Resolving {
-        let is_denied = self.0;
+        let is_denied = self.0.clone();
         Box::pin(async move {
             let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
             let good: Vec<SocketAddr> = found.filter(|a| !is_denied(a.ip())).collect();
@@ -77,7 +80,7 @@ impl Resolve for PublicOnly {
 struct Denied;
 
 /// Whether the URL names a denied address itself; names are looked at when they are resolved.
-fn names_denied(url: &Url, is_denied: fn(IpAddr) -> bool) -> bool {
+fn names_denied(url: &Url, is_denied: &Denies) -> bool {
     match url.host() {
         Some(url::Host::Ipv4(ip)) => is_denied(ip.into()),
         Some(url::Host::Ipv6(ip)) => is_denied(ip.into()),
@@ -87,19 +90,21 @@ fn names_denied(url: &Url, is_denied: fn(IpAddr) -> bool) -> bool {
 
 impl Transport {
     pub fn new(settings: RegistrySettings) -> Result<Self, OciError> {
-        let is_denied = settings.is_denied;
+        // An error says that one is installed already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let is_denied = settings.is_denied.clone();
         let base = || {
             Client::builder()
                 .user_agent(concat!("nidus/", env!("CARGO_PKG_VERSION")))
                 .connect_timeout(CONNECT_LIMIT)
                 .read_timeout(READ_LIMIT)
         };
-        let public = base().dns_resolver(Arc::new(PublicOnly(is_denied))).redirect(Policy::custom(
+        let public = base().dns_resolver(Arc::new(PublicOnly(is_denied.clone()))).redirect(Policy::custom(
             move |attempt| {
                 if attempt.previous().len() > MAX_REDIRECTS {
                     return attempt.error("too many redirects");
                 }
-                if names_denied(attempt.url(), is_denied) {
+                if names_denied(attempt.url(), &is_denied) {
                     return attempt.error(Denied);
                 }
                 attempt.follow()
@@ -147,7 +152,7 @@ impl Transport {
     }
 
     fn endpoint(&self, host: String, url: &Url, private: bool) -> Result<Endpoint, OciError> {
-        if !private && names_denied(url, self.settings.is_denied) {
+        if !private && names_denied(url, &self.settings.is_denied) {
             return Err(OciError::HostDenied { host, reason: "has a private address" });
         }
         let client = if private { self.private.clone() } else { self.public.clone() };

@@ -155,7 +155,9 @@ fn parts(path: &Path) -> Result<Vec<OsString>, TreeError> {
     let mut parts = Vec::new();
     for part in path.components() {
         match part {
-            Component::Normal(name) if name.len() > MAX_NAME => return Err(refuse("a part of it is too long")),
+            Component::Normal(name) if name.len() > MAX_NAME => {
+                return Err(refuse("a part of it is too long"));
+            }
             Component::Normal(name) => parts.push(name.to_owned()),
             Component::ParentDir => return Err(TreeError::Escapes(path.to_owned())),
             Component::RootDir | Component::CurDir | Component::Prefix(_) => {}

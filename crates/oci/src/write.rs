@@ -55,7 +55,8 @@ impl Tree {
         root: &Path,
         cancel: &CancellationToken,
     ) -> Result<Written, OciError> {
-        let mut writer = Writer { tree: self, contents, cancel, done: Written::default(), linked: HashMap::new() };
+        let mut writer =
+            Writer { tree: self, contents, cancel, done: Written::default(), linked: HashMap::new() };
         // Nobody else may come in while it has setuid programs of other owners.
         DirBuilder::new().mode(0o700).create(root).map_err(|e| OciError::io("make", root, e))?;
         writer.fill(self.root(), root, Path::new("/"))?;
@@ -129,7 +130,8 @@ impl Writer<'_> {
     /// Owner first: changing it takes setuid and capabilities away.
     fn own(&mut self, id: Id, path: &Path) -> Result<(), OciError> {
         let Inode { meta, is_link } = Inode::of(self.tree, id);
-        lchown(path, Some(meta.uid), Some(meta.gid)).map_err(|e| OciError::io("change the owner of", path, e))?;
+        lchown(path, Some(meta.uid), Some(meta.gid))
+            .map_err(|e| OciError::io("change the owner of", path, e))?;
         if !is_link {
             fs::set_permissions(path, Permissions::from_mode(meta.mode))
                 .map_err(|e| OciError::io("set the mode of", path, e))?;
@@ -198,7 +200,10 @@ mod tests {
         assert_eq!(fs::read(inside).unwrap(), b"inside");
         assert!(!root.join("dev/null").exists());
         let [null] = written.devices.as_slice() else { panic!("{written:?}") };
-        assert_eq!((null.path.as_path(), null.block, null.major, null.minor, null.mode), (Path::new("/dev/null"), false, 1, 3, 0o666));
+        assert_eq!(
+            (null.path.as_path(), null.block, null.major, null.minor, null.mode),
+            (Path::new("/dev/null"), false, 1, 3, 0o666)
+        );
         assert_eq!(fs::metadata(root.join("locked")).unwrap().mode() & 0o7777, 0);
         assert_eq!(fs::metadata(&root).unwrap().mode() & 0o7777, 0o700);
     }

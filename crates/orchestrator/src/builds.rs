@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use nidus_build::{BuildSpec, Pipeline};
 use nidus_storage::{Artifact, BuildId};
-use nidus_template::{BuildLog, BuildRequest, Builder, Level, TemplateMetadata};
+use nidus_template::{BuildLog, Level, TemplateMetadata};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,7 @@ const MAX_FINISHED: usize = 64;
 pub(crate) enum Progress {
     Running,
     Done(Box<TemplateMetadata>),
-    Failed { message: String, step: Option<String> },
+    Failed { message: String, step: Option<String>, layer: Option<BuildId> },
 }
 
 /// A build and what it said so far.
@@ -30,22 +31,30 @@ pub(crate) struct Build {
     released: watch::Sender<bool>,
 }
 
-/// All builds of a node. They run one at a time: each needs a processor for itself.
+/// All builds of a node. Some run at a time: each needs a processor for itself.
 pub(crate) struct Builds {
-    builder: Arc<Builder>,
+    pub pipeline: Arc<Pipeline>,
+    /// What layers may take together.
+    cache_bytes: u64,
     store: Arc<nidus_storage::Builds>,
     all: Mutex<HashMap<BuildId, Arc<Build>>>,
     turn: Arc<Semaphore>,
 }
 
 impl Builds {
-    pub fn new(builder: Arc<Builder>, store: Arc<nidus_storage::Builds>) -> Self {
-        Self { builder, store, all: Default::default(), turn: Arc::new(Semaphore::new(1)) }
+    pub fn new(
+        pipeline: Arc<Pipeline>,
+        store: Arc<nidus_storage::Builds>,
+        at_once: usize,
+        cache_bytes: u64,
+    ) -> Self {
+        let turn = Arc::new(Semaphore::new(at_once.max(1)));
+        Self { pipeline, cache_bytes, store, all: Default::default(), turn }
     }
 
     /// Starts a build; `None` when there is one of this id.
-    pub fn start(&self, request: BuildRequest) -> Option<()> {
-        let id = request.build_id;
+    pub fn start(&self, spec: BuildSpec) -> Option<()> {
+        let id = spec.build_id;
         let build = Arc::new(Build {
             progress: watch::Sender::new(Progress::Running),
             log: Default::default(),
@@ -65,10 +74,17 @@ impl Builds {
             }
             all.insert(id, build.clone());
         }
-        let (builder, turn) = (self.builder.clone(), self.turn.clone());
+        let (pipeline, turn, cache_bytes) = (self.pipeline.clone(), self.turn.clone(), self.cache_bytes);
         tokio::spawn(async move {
-            run(&builder, &turn, &build, request).await;
+            run(&pipeline, &turn, &build, spec).await;
             build.released.send_replace(true);
+            match pipeline.prune(cache_bytes).await {
+                Ok(p) if p.layers == 0 => {}
+                Ok(p) => {
+                    tracing::info!(layers = p.layers, bytes = p.bytes, "made room among the layers of builds")
+                }
+                Err(e) => tracing::warn!("the layers of builds were not kept small: {e}"),
+            }
         });
         Some(())
     }
@@ -116,9 +132,9 @@ impl Build {
 
     fn add(&self, line: BuildLog) {
         match line.level {
-            Level::Debug => tracing::debug!(target: "nidus::build", step = line.step, "{}", line.message),
-            Level::Info => tracing::info!(target: "nidus::build", step = line.step, "{}", line.message),
-            _ => tracing::warn!(target: "nidus::build", step = line.step, "{}", line.message),
+            Level::Debug => tracing::debug!(target: "nidus::build", step = %line.step, "{}", line.message),
+            Level::Info => tracing::info!(target: "nidus::build", step = %line.step, "{}", line.message),
+            _ => tracing::warn!(target: "nidus::build", step = %line.step, "{}", line.message),
         }
         let mut log = self.log.lock();
         if log.len() < MAX_LINES {
@@ -127,19 +143,18 @@ impl Build {
     }
 }
 
-async fn run(builder: &Builder, turn: &Semaphore, build: &Build, request: BuildRequest) {
+async fn run(pipeline: &Pipeline, turn: &Semaphore, build: &Build, spec: BuildSpec) {
     let turn = tokio::select! {
         () = build.cancel.cancelled() => None,
         turn = turn.acquire() => turn.ok(),
     };
     if turn.is_none() {
-        build
-            .progress
-            .send_replace(Progress::Failed { message: "the build was cancelled".into(), step: None });
+        let message = "the build was cancelled".into();
+        build.progress.send_replace(Progress::Failed { message, step: None, layer: None });
         return;
     }
     let (sender, mut lines) = mpsc::unbounded_channel();
-    let work = builder.build(request, sender, build.cancel.clone());
+    let work = pipeline.run(&spec, sender, &build.cancel);
     tokio::pin!(work);
     let result = loop {
         tokio::select! {
@@ -151,12 +166,7 @@ async fn run(builder: &Builder, turn: &Semaphore, build: &Build, request: BuildR
         build.add(line);
     }
     build.progress.send_replace(match result {
-        Ok(metadata) => Progress::Done(Box::new(metadata)),
-        Err(e) => {
-            // The step that was at work when it failed is the one before the failure's own line.
-            let step =
-                build.log.lock().iter().rev().find(|l| l.level != Level::Error).map(|l| l.step.to_owned());
-            Progress::Failed { message: e.to_string(), step }
-        }
+        Ok(done) => Progress::Done(Box::new(done.metadata)),
+        Err(e) => Progress::Failed { message: e.error.to_string(), step: Some(e.step), layer: e.layer },
     });
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nidus_proto::node::garbage_service_server::GarbageService;
-use nidus_proto::node::{CollectGarbageRequest, CollectGarbageResponse, Garbage};
+use nidus_proto::node::{
+    CollectGarbageRequest, CollectGarbageResponse, Garbage, PruneLayersRequest, PruneLayersResponse,
+};
 use nidus_sandbox::{GarbageError, Lineages, RemoveError};
 use nidus_storage::BuildId;
 use tonic::{Request, Response, Status};
@@ -62,7 +64,13 @@ impl GarbageService for GarbageOf {
         &self,
         request: Request<CollectGarbageRequest>,
     ) -> Result<Response<CollectGarbageResponse>, Status> {
-        let (factory, request) = (self.0.factory.clone(), request.into_inner());
+        let (factory, mut request) = (self.0.factory.clone(), request.into_inner());
+        // Layers of template builds are no garbage: they have a limit of their own.
+        let layers = self.0.builds.pipeline.layers().clone();
+        let layers = tokio::task::spawn_blocking(move || layers.builds()).await;
+        let layers = layers.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+        let layers = layers.map_err(|e| Status::internal(format!("cannot read the index of layers: {e}")))?;
+        request.kept_build_ids.extend(layers.iter().map(BuildId::to_string));
         // A task of its own: deleting goes on when the caller goes away.
         let done = tokio::spawn(async move {
             let remove = |build| {
@@ -73,5 +81,19 @@ impl GarbageService for GarbageOf {
         });
         let lost = |e| Status::internal(format!("the collection did not finish: {e}"));
         done.await.map_err(lost)?.map(Response::new)
+    }
+
+    async fn prune_layers(
+        &self,
+        request: Request<PruneLayersRequest>,
+    ) -> Result<Response<PruneLayersResponse>, Status> {
+        let pruned = self.0.builds.pipeline.prune(request.into_inner().max_bytes).await;
+        let pruned = pruned.map_err(|e| Status::internal(e.to_string()))?;
+        Ok(Response::new(PruneLayersResponse {
+            removed_layers: pruned.layers,
+            removed_bytes: pruned.bytes,
+            left_layers: pruned.left,
+            left_bytes: pruned.left_bytes,
+        }))
     }
 }

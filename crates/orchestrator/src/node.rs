@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering:
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use nidus_build::Pipeline;
 use nidus_egress::Policy;
 use nidus_proto::node::{SandboxConfig, SandboxNetworkEgressConfig, ServiceInfoStatus};
 use nidus_proxy::InProcessCatalog;
 use nidus_sandbox::{Factory, SaveError, SaveSpec, Saved, UpdateError};
 use nidus_telemetry::Sink;
-use nidus_template::Builder;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -42,6 +42,12 @@ pub struct NodeConfig {
     /// Images of root file systems by the name under which templates may ask for them, before any other
     /// place is looked at. Users name them; only the host's owner says what they are.
     pub local_images: BTreeMap<String, PathBuf>,
+    /// Where clients of the node find its HTTP, without a slash at the end.
+    pub url: String,
+    /// Template builds at once.
+    pub max_builds: usize,
+    /// What layers of template builds may take on the disk together, in bytes.
+    pub layer_cache_bytes: u64,
     /// Version of the program.
     pub version: String,
     /// Directory whose file system is reported as the node's disk.
@@ -185,7 +191,7 @@ impl Node {
     pub fn new(
         config: NodeConfig,
         factory: Arc<Factory>,
-        builder: Arc<Builder>,
+        pipeline: Arc<Pipeline>,
         catalog: InProcessCatalog,
         events: Arc<dyn Sink>,
         network: NetworkParts,
@@ -193,7 +199,12 @@ impl Node {
         Arc::new(Self {
             starting: Semaphore::new(config.max_starting.max(1)),
             starting_count: AtomicUsize::new(0),
-            builds: Builds::new(builder, factory.store().clone()),
+            builds: Builds::new(
+                pipeline,
+                factory.store().clone(),
+                config.max_builds,
+                config.layer_cache_bytes,
+            ),
             config,
             factory,
             catalog,

@@ -151,6 +151,7 @@ impl SandboxService for Sandboxes {
             network,
             snapshot: config.snapshot,
             filesystem_boot: request.filesystem_boot == Some(true),
+            size: None,
         };
         let (saves, asked_saves) = mpsc::channel(1);
         let (updates, asked_updates) = mpsc::channel(8);

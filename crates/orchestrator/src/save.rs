@@ -10,7 +10,7 @@ use crate::node::{State, Then};
 pub(crate) fn spec(build: &str, template: &str, filesystem_only: bool) -> Result<SaveSpec, Status> {
     let build_id =
         build.parse().map_err(|_| Status::invalid_argument(format!("build id '{build}' is not a UUID")))?;
-    Ok(SaveSpec { build_id, template_id: template.to_owned(), filesystem_only })
+    Ok(SaveSpec { build_id, template_id: template.to_owned(), filesystem_only, programs: None })
 }
 
 /// What is done, as a participle.

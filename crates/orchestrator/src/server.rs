@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
-use axum::routing::get;
+use axum::routing::{get, put};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -42,7 +42,37 @@ async fn health(State(node): State<Arc<Node>>) -> (StatusCode, Json<serde_json::
     (code, Json(serde_json::json!({ "status": name, "version": node.config.version })))
 }
 
-/// Serves until `stop`: gRPC over HTTP/2 (prior knowledge) and `GET /health` over any HTTP.
+/// Takes the files of a build step, which were announced by `InitLayerFileUpload`.
+async fn upload(
+    State(node): State<Arc<Node>>,
+    axum::extract::Path(ticket): axum::extract::Path<String>,
+    body: axum::body::Body,
+) -> (StatusCode, String) {
+    use nidus_build::FilesError;
+    match node.builds.pipeline.files().receive(&ticket, body.into_data_stream()).await {
+        Ok(()) => (StatusCode::OK, String::new()),
+        Err(e) => {
+            let status = match &e {
+                FilesError::NoTicket => StatusCode::FORBIDDEN,
+                FilesError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+                FilesError::Broken(_) | FilesError::BadHash(_) | FilesError::Missing(_) => {
+                    StatusCode::BAD_REQUEST
+                }
+                FilesError::Busy => StatusCode::SERVICE_UNAVAILABLE,
+                FilesError::Io { .. } => {
+                    tracing::error!("an upload was not stored: {e}");
+                    return (StatusCode::INTERNAL_SERVER_ERROR, "the files could not be stored".into());
+                }
+            };
+            (status, e.to_string())
+        }
+    }
+}
+
+/// Path of uploads, before the ticket.
+pub(crate) const UPLOADS: &str = "/build-files/";
+
+/// Serves until `stop`: gRPC over HTTP/2 (prior knowledge) and over any HTTP `GET /health` and uploads.
 ///
 /// # Errors
 /// Never for a single connection.
@@ -58,7 +88,13 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, stop: CancellationTok
         .add_service(ChunkServiceServer::new(Chunks(node.factory.store().clone())))
         .add_service(grpc_health)
         .into_axum_router()
-        .merge(axum::Router::new().route("/health", get(health)).with_state(node));
+        .merge(
+            axum::Router::new()
+                .route("/health", get(health))
+                // The store of files has a limit of its own.
+                .route(&format!("{UPLOADS}{{ticket}}"), put(upload).layer(DefaultBodyLimit::disable()))
+                .with_state(node),
+        );
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(15));
     builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(Duration::from_secs(20)));

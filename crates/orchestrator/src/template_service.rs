@@ -4,17 +4,22 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use nidus_build::{Base, BuildSpec, FilesError, Step, StepSpec};
+use nidus_oci::Credentials;
 use nidus_proto::node::template_service_server::TemplateService;
 use nidus_proto::node::*;
 use nidus_sandbox::RemoveError;
 use nidus_storage::{BuildId, StorageError};
-use nidus_template::{BuildLog, BuildRequest, Level, Source, TemplateMetadata};
+use nidus_template::{BuildLog, Level, Start, TemplateMetadata};
 use tonic::{Request, Response, Status};
 
 use crate::Node;
 use crate::builds::Progress;
 use crate::sandbox_service::{from_time, to_time};
+use crate::server::UPLOADS;
 
+/// Most steps of one template.
+const MAX_STEPS: usize = 1000;
 /// Most log lines in one answer.
 const MAX_LINES: usize = 1000;
 
@@ -25,30 +30,70 @@ pub(crate) fn build_id(text: &str) -> Result<BuildId, Status> {
     text.parse().map_err(|_| Status::invalid_argument(format!("build id '{text}' is not a UUID")))
 }
 
-/// Root file systems that can be made here.
-fn source(config: &TemplateConfig, local: &BTreeMap<String, PathBuf>) -> Result<Source, Status> {
+/// What a template can begin with here.
+fn base(config: &TemplateConfig, local: &BTreeMap<String, PathBuf>) -> Result<Base, Status> {
+    let bad = |e: String| Status::invalid_argument(e);
     match &config.source {
         Some(template_config::Source::FromImage(image)) => {
             if let Some(path) = local.get(image) {
-                return Ok(Source::Image { path: path.clone() });
+                return Ok(Base::Image { path: path.clone() });
+            }
+            // E2B's own base image is a Debian with Python, as ours is.
+            let image =
+                if image == "e2bdev/base" || image.starts_with("e2bdev/base:") { DEBIAN } else { image };
+            if let Some(path) = local.get(image) {
+                return Ok(Base::Image { path: path.clone() });
             }
             let suite = match image.strip_prefix("debian:") {
-                Some(suite) => suite,
-                None if image == "debian" => "bookworm",
-                None => {
-                    return Err(Status::unimplemented(format!(
-                        "image '{image}': images from a registry are not supported yet; debian:SUITE is made from packages"
-                    )));
-                }
+                Some(suite) => Some(suite),
+                None if image == "debian" => Some("bookworm"),
+                None => None,
             };
-            let suite = if suite == "latest" { "bookworm" } else { suite };
-            Ok(Source::Debian { suite: suite.to_owned() })
+            // Other tags of that image (slim, dated) are the registry's.
+            if let Some(suite) =
+                suite.filter(|s| s.bytes().all(|b| b.is_ascii_lowercase()) && *s != "experimental")
+            {
+                let suite = if suite == "latest" { "bookworm" } else { suite };
+                return Ok(Base::Debian { suite: suite.to_owned() });
+            }
+            let reference = image.parse().map_err(|e: nidus_oci::OciError| bad(e.to_string()))?;
+            Ok(Base::Registry { reference, credentials: credentials(config.from_image_registry.as_ref())? })
         }
-        Some(template_config::Source::FromTemplate(_)) => {
-            Err(Status::unimplemented("building from another template is not supported yet"))
+        Some(template_config::Source::FromTemplate(from)) => {
+            Ok(Base::Template { build: build_id(&from.build_id)?, name: from.alias.clone() })
         }
         None => Err(Status::invalid_argument("the template names no image to start from")),
     }
+}
+
+/// What the package-made base is called.
+const DEBIAN: &str = "debian:bookworm";
+
+fn credentials(registry: Option<&FromImageRegistry>) -> Result<Credentials, Status> {
+    use from_image_registry::Type;
+    Ok(match registry.and_then(|r| r.r#type.clone()) {
+        None => Credentials::Anonymous,
+        Some(Type::General(r)) => Credentials::Basic { username: r.username, password: r.password },
+        Some(Type::Aws(r)) => Credentials::Aws {
+            access_key_id: r.aws_access_key_id,
+            secret_access_key: r.aws_secret_access_key,
+            region: r.aws_region,
+        },
+        Some(Type::Gcp(r)) => Credentials::Gcp { service_account_json: r.service_account_json },
+    })
+}
+
+fn steps(config: &TemplateConfig) -> Result<Vec<StepSpec>, Status> {
+    if config.steps.len() > MAX_STEPS {
+        return Err(Status::invalid_argument(format!("a template has at most {MAX_STEPS} steps")));
+    }
+    let step = |(n, s): (usize, &TemplateStep)| {
+        let step = Step::parse(&s.r#type, &s.args)
+            .map_err(|e| Status::invalid_argument(format!("step {}: {e}", n + 1)))?;
+        let files = s.files_hash.clone().filter(|h| !h.is_empty());
+        Ok(StepSpec { step, files, force: s.force == Some(true) })
+    };
+    config.steps.iter().enumerate().map(step).collect()
 }
 
 fn size(name: &str, value: i32, default: u32) -> Result<u32, Status> {
@@ -73,7 +118,7 @@ fn entry(l: &BuildLog) -> TemplateBuildLogEntry {
         timestamp: Some(from_time(l.time)),
         message: l.message.clone(),
         level: level(l.level) as i32,
-        fields: [("step".to_owned(), l.step.to_owned())].into(),
+        fields: [("step".to_owned(), l.step.clone())].into(),
     }
 }
 
@@ -108,25 +153,45 @@ fn select(log: &[BuildLog], request: &TemplateStatusRequest) -> Vec<TemplateBuil
 #[tonic::async_trait]
 impl TemplateService for Templates {
     async fn template_create(&self, request: Request<TemplateCreateRequest>) -> Result<Response<()>, Status> {
-        let config = request.into_inner().template.ok_or_else(|| Status::invalid_argument("no template"))?;
+        let mut request = request.into_inner();
+        let config = request.template.take().ok_or_else(|| Status::invalid_argument("no template"))?;
         let id = build_id(&config.build_id)?;
-        if !config.steps.is_empty() || !config.start_command.is_empty() || !config.ready_command.is_empty() {
-            return Err(Status::unimplemented("build steps, start and ready commands are not supported yet"));
-        }
         if self.0.status() != ServiceInfoStatus::Healthy {
             return Err(Status::unavailable("this node takes no new builds"));
         }
-        let request = BuildRequest {
+        let vmm = self.0.factory.vmm();
+        if !config.firecracker_version.is_empty() && config.firecracker_version != vmm {
+            let wanted = &config.firecracker_version;
+            return Err(Status::failed_precondition(format!("this node runs {vmm}, not {wanted}")));
+        }
+        let base = base(&config, &self.0.config.local_images)?;
+        // Of a template that is built upon, what is not said is as it has it.
+        let inherits = matches!(base, Base::Template { .. });
+        let default = |value: u32| if inherits { 0 } else { value };
+        let sandbox = SandboxConfig {
+            sandbox_id: format!("build-{id}"),
+            template_id: config.template_id.clone(),
+            team_id: config.team_id.clone(),
+            ..SandboxConfig::default()
+        };
+        let network = self.0.network.of(&sandbox).await;
+        let spec = BuildSpec {
             template_id: config.template_id.clone(),
             build_id: id,
-            vcpu: size("vCpuCount", config.v_cpu_count, 1)?,
-            memory_mb: size("memoryMB", config.memory_mb, 512)?,
-            disk_mb: size("diskSizeMB", config.disk_size_mb, self.0.config.default_disk_mb)?,
-            source: source(&config, &self.0.config.local_images)?,
+            scope: request.cache_scope.clone().unwrap_or_else(|| config.team_id.clone()),
+            vcpu: size("vCpuCount", config.v_cpu_count, default(1))?,
+            memory_mb: size("memoryMB", config.memory_mb, default(512))?,
+            disk_mb: size("diskSizeMB", config.disk_size_mb, default(self.0.config.default_disk_mb))?,
             huge_pages: config.huge_pages || self.0.config.huge_pages,
+            kernel: Some(config.kernel_version.clone()).filter(|k| !k.is_empty()),
+            base,
+            steps: steps(&config)?,
+            start: Start { command: config.start_command.clone(), ready: config.ready_command.clone() },
+            force: config.force == Some(true),
+            network: network.map_err(|e| Status::internal(e.to_string()))?,
         };
-        request.check().map_err(|e| Status::invalid_argument(e.to_string()))?;
-        let exists = self.0.builds.stored(id).await.is_some() || self.0.builds.start(request).is_none();
+        spec.check().map_err(Status::invalid_argument)?;
+        let exists = self.0.builds.stored(id).await.is_some() || self.0.builds.start(spec).is_none();
         if exists {
             return Err(Status::already_exists(format!("there is a build {id} already")));
         }
@@ -156,9 +221,10 @@ impl TemplateService for Templates {
                 answer.status = TemplateBuildState::Completed as i32;
                 answer.metadata = Some(metadata(&m));
             }
-            Progress::Failed { message, step } => {
+            Progress::Failed { message, step, layer } => {
                 answer.status = TemplateBuildState::Failed as i32;
-                answer.reason = Some(TemplateBuildStatusReason { message, step });
+                let layer_build_id = layer.map(|l| l.to_string());
+                answer.reason = Some(TemplateBuildStatusReason { message, step, layer_build_id });
             }
         }
         Ok(Response::new(answer))
@@ -182,14 +248,25 @@ impl TemplateService for Templates {
 
     async fn init_layer_file_upload(
         &self,
-        _: Request<InitLayerFileUploadRequest>,
+        request: Request<InitLayerFileUploadRequest>,
     ) -> Result<Response<InitLayerFileUploadResponse>, Status> {
-        Err(Status::unimplemented("files of build steps are not supported yet"))
+        let request = request.into_inner();
+        let scope = request.cache_scope.unwrap_or_default();
+        let upload =
+            self.0.builds.pipeline.files().begin(&scope, &request.hash).await.map_err(|e| match e {
+                FilesError::Busy => Status::resource_exhausted(e.to_string()),
+                FilesError::Io { .. } => Status::internal(e.to_string()),
+                _ => Status::invalid_argument(e.to_string()),
+            })?;
+        let url = format!("{}{UPLOADS}{}", self.0.config.url, upload.ticket);
+        Ok(Response::new(InitLayerFileUploadResponse { present: upload.present, url: Some(url) }))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn from_image(image: &str) -> TemplateConfig {
@@ -200,11 +277,17 @@ mod tests {
     #[test]
     fn only_names_that_were_configured_are_files_of_the_host() {
         let local = BTreeMap::from([("debian:bookworm".to_owned(), PathBuf::from("/images/b.ext4"))]);
-        let of = |image: &str| source(&from_image(image), &local);
-        assert_eq!(of("debian:bookworm").unwrap(), Source::Image { path: "/images/b.ext4".into() });
-        assert_eq!(of("debian:trixie").unwrap(), Source::Debian { suite: "trixie".into() });
+        let of = |image: &str| base(&from_image(image), &local);
+        for image in ["debian:bookworm", "e2bdev/base"] {
+            assert!(
+                matches!(of(image), Ok(Base::Image { path }) if path == Path::new("/images/b.ext4")),
+                "{image}"
+            );
+        }
+        assert!(matches!(of("debian:trixie"), Ok(Base::Debian { suite }) if suite == "trixie"));
+        assert!(matches!(of("debian:12-slim"), Ok(Base::Registry { .. })));
         for path in ["/images/b.ext4", "file:///images/b.ext4", "debian:bookworm/../b"] {
-            assert!(!matches!(of(path), Ok(Source::Image { .. })), "{path}");
+            assert!(!matches!(of(path), Ok(Base::Image { .. })), "{path}");
         }
     }
 }

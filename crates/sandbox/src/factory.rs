@@ -219,6 +219,11 @@ impl Factory {
         &self.inner.warm.stats
     }
 
+    /// The VMM of this node, as builds name it.
+    pub fn vmm(&self) -> String {
+        self.inner.host.vmm.id().to_string()
+    }
+
     /// The storage that builds are read from.
     pub fn store(&self) -> &Arc<Builds> {
         &self.inner.store

@@ -50,8 +50,7 @@ impl Factory {
             }
             let parsed = Header::parse(&store.read(from, header).await?);
             let child = parsed.and_then(|h| h.child(build, &[]));
-            let child =
-                child.map_err(|e| RepublishError::Header { build: from, reason: e.to_string() })?;
+            let child = child.map_err(|e| RepublishError::Header { build: from, reason: e.to_string() })?;
             staged.write(header, child.to_bytes()).await?;
             staged.write(artifact, Vec::new()).await?;
         }

@@ -13,8 +13,8 @@ use nidus_storage::{Artifact, BuildArtifact, BuildId, Builds, StorageError};
 use nidus_template::TemplateMetadata;
 use nidus_vmm::DriverId;
 
-use crate::factory::MachineSize;
 use crate::CreateError;
+use crate::factory::MachineSize;
 use crate::pages::{BuildMemory, BuildPages};
 use crate::served::MemoryError;
 

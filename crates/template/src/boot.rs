@@ -217,7 +217,8 @@ async fn provision(client: &Client, log: &Log, cancel: &CancellationToken) -> Re
     }
     if out.exit_code != 0 {
         let text = String::from_utf8_lossy(&out.stderr);
-        let last = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("no reason is known").to_owned();
+        let last =
+            text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("no reason is known").to_owned();
         return Err(Failed::Reason(last));
     }
     Ok(())

@@ -128,10 +128,13 @@ fn add_user(image: &mut FetchedImage) -> Result<u32, BuildError> {
         files.insert(path, text.map_or(default.to_owned(), |t| String::from_utf8_lossy(&t).into_owned()));
     }
     let field = |line: &str, n: usize| line.split(':').nth(n).map(str::to_owned);
-    let named = |text: &str, name: &str| text.lines().find(|l| field(l, 0).as_deref() == Some(name)).map(str::to_owned);
+    let named = |text: &str, name: &str| {
+        text.lines().find(|l| field(l, 0).as_deref() == Some(name)).map(str::to_owned)
+    };
     if let Some(line) = named(&files["etc/passwd"], USER) {
         let id = field(&line, 2).and_then(|id| id.parse().ok());
-        return id.ok_or_else(|| BuildError::BadRequest(format!("the image's /etc/passwd: '{line}' has no id")));
+        return id
+            .ok_or_else(|| BuildError::BadRequest(format!("the image's /etc/passwd: '{line}' has no id")));
     }
     let used = |id: u32| {
         [&files["etc/passwd"], &files["etc/group"]]
@@ -176,7 +179,8 @@ async fn make_devices(
     }
     // debugfs splits its commands at blanks and knows no way to write a quote.
     let plain = |p: &Path| {
-        p.to_str().is_some_and(|t| t.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'#')))
+        p.to_str()
+            .is_some_and(|t| t.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'#')))
     };
     let (good, bad): (Vec<&Device>, Vec<&Device>) = devices.iter().partition(|d| plain(&d.path));
     if let Some(d) = bad.first() {

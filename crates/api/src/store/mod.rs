@@ -3,6 +3,7 @@
 mod checkpoints;
 mod keys;
 mod snapshots;
+mod tags;
 mod templates;
 
 use std::os::unix::fs::OpenOptionsExt;
@@ -19,16 +20,18 @@ use uuid::Uuid;
 pub use checkpoints::SnapshotFilter;
 pub use keys::{ApiKey, NewKey};
 pub use snapshots::SnapshotRow;
+pub use tags::TagRow;
 pub use templates::{BuildRow, BuildStatus, TemplateRow};
 
 /// Version of the schema that this program writes.
 const SCHEMA: i64 = STEPS.len() as i64;
 /// What makes each version out of the one before it.
-const STEPS: [&str; 4] = [
+const STEPS: [&str; 5] = [
     include_str!("schema.sql"),
     include_str!("schema2.sql"),
     include_str!("schema3.sql"),
     include_str!("schema4.sql"),
+    include_str!("schema5.sql"),
 ];
 /// Another process (`nidus key create`) may be writing.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);

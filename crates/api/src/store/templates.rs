@@ -73,10 +73,14 @@ pub struct BuildRow {
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
     pub finished_at: Option<DateTime<Utc>>,
+    /// The step that it failed in.
+    pub failed_step: Option<String>,
+    /// The build that has the state before that step.
+    pub failed_layer: Option<String>,
 }
 
 const BUILD: &str = "SELECT id, template_id, status, reason, cpu_count, memory_mb, disk_mb, envd_version, \
-    kernel_version, vmm_version, created_at, updated_at, finished_at FROM builds";
+    kernel_version, vmm_version, created_at, updated_at, finished_at, failed_step, failed_layer FROM builds";
 
 fn build(r: &SqliteRow) -> Result<BuildRow, sqlx::Error> {
     Ok(BuildRow {
@@ -93,6 +97,8 @@ fn build(r: &SqliteRow) -> Result<BuildRow, sqlx::Error> {
         created_at: time(r.try_get(10)?),
         updated_at: time(r.try_get(11)?),
         finished_at: r.try_get::<Option<i64>, _>(12)?.map(time),
+        failed_step: r.try_get(13)?,
+        failed_layer: r.try_get(14)?,
     })
 }
 

@@ -8,7 +8,9 @@ use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use hyper::Method;
 use nidus_api::{DEFAULT_GRACE, GarbageReport};
+use nidus_build::LayerIndex;
 use nidus_sandbox::Lineages;
+use nidus_storage::BuildId;
 
 use crate::client::{self, Client};
 use crate::config::Config;
@@ -75,7 +77,12 @@ async fn without_daemon(gc: &Gc, config: &Config) -> anyhow::Result<GarbageRepor
     let store = client::store(config).await?;
     let builds = Arc::new(crate::builds::open(config, &store).await?);
     let lineages = Lineages::new(builds.clone());
-    let request = store.garbage_request(gc.grace.unwrap_or(DEFAULT_GRACE), gc.delete).await?;
+    let mut request = store.garbage_request(gc.grace.unwrap_or(DEFAULT_GRACE), gc.delete).await?;
+    let layers = config.data_dir.join("layers");
+    let layers = tokio::task::spawn_blocking(move || LayerIndex::open(layers)?.builds()).await?;
+    request
+        .kept_build_ids
+        .extend(layers.context("Cannot read the index of layers")?.iter().map(BuildId::to_string));
     let answer = nidus_orchestrator::collect(&lineages, &request, |build| lineages.remove(build)).await;
     let answer = answer.map_err(|s| anyhow!("{}", s.message()))?;
     builds.remove_queued().await?;
