@@ -8,7 +8,9 @@ use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, TimeDelta, Utc};
 use http::StatusCode;
-use nidus_proto::node::{RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxUpdateRequest};
+use nidus_proto::node::{
+    RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxUpdateRequest, TemplateStatusRequest,
+};
 use prost_types::Timestamp;
 use uuid::Uuid;
 
@@ -147,7 +149,20 @@ impl Api {
         let Some(build) = self.store.build(id).await? else { return Ok(None) };
         let Some(layer) = build.failed_layer.clone() else { return Ok(None) };
         let template = self.store.template(&build.template_id).await?.filter(|t| t.team_id == team);
-        Ok(template.map(|t| (t, BuildRow { id: layer, ..build })))
+        let Some(template) = template else { return Ok(None) };
+        // Nobody noted what it is; the node knows.
+        let request = TemplateStatusRequest { build_id: layer.clone(), ..Default::default() };
+        let known = self.nodes.templates().template_build_status(request).await?.into_inner();
+        let m = known.metadata.unwrap_or_default();
+        let build = BuildRow {
+            id: layer,
+            envd_version: m.envd_version_key,
+            kernel_version: m.kernel_version,
+            vmm_version: m.firecracker_version,
+            disk_mb: i64::from(m.rootfs_size_key),
+            ..build
+        };
+        Ok(Some((template, build)))
     }
 
     async fn create(&self, team: Team, new: NewSandbox, default: Duration) -> Result<Sandbox, ApiError> {
