@@ -6,6 +6,7 @@ import struct
 import subprocess
 import tarfile
 import uuid
+from pathlib import Path
 
 import pytest
 from e2b import BuildException, Sandbox, Template
@@ -23,13 +24,21 @@ def registry(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    """One that wants a name and a password."""
+    with Registry(tmp_path_factory.mktemp("closed"), user=("me", "secret")) as registry:
+        yield registry
+
+
+@pytest.fixture(scope="module")
 def base():
     return system()
 
 
 @pytest.fixture(scope="module")
-def image_daemon(registry, tmp_path_factory):
-    daemon = Daemon(extra_env=registry.env(), log_path=tmp_path_factory.mktemp("daemon") / "nidus.log").start()
+def image_daemon(registry, closed, tmp_path_factory):
+    env = {"NIDUS_REGISTRIES": f"{registry.env()['NIDUS_REGISTRIES']},{closed.host}=plain_http+private"}
+    daemon = Daemon(extra_env=env, log_path=tmp_path_factory.mktemp("daemon") / "nidus.log").start()
     daemon.create_key()
     yield daemon
     for template in sandboxes.call(daemon, "GET", "/templates"):
@@ -86,7 +95,7 @@ def test_an_image_becomes_a_template(registry, base, image_daemon):
         assert run("ls /data /opaque") == "/data:\nfirst\nkept\nsecond\n\n/opaque:\nnew"
         assert run("stat -c '%u %g %a' /data") == "1234 4321 750"
         assert run("stat -c '%h %a' /data/first /usr/bin/setuid") == "2 644\n1 4755"
-        assert run("cat /usr/lib64/through; readlink /lib64") == "link\nusr/lib64" or run("cat /usr/lib64/through") == "link"
+        assert run("cat /usr/lib64/through; readlink /lib64") == "link\nusr/lib64"
         assert run("stat -c '%F %t %T' /opt/null") == "character special file 1 3"
         assert run("ls -d /wrong 2>/dev/null || echo none") == "none"
         assert run("echo x > /opt/null && cat /etc/hostname") == "nidus"
@@ -100,34 +109,24 @@ def test_names_without_a_host_are_found_at_the_mirror(registry, base, image_daem
     assert any("docker.io/library/short:1" in line for line in lines), lines
 
 
-def test_a_registry_with_a_password(base, make_daemon, tmp_path):
-    with Registry(tmp_path, user=("me", "secret")) as closed:
-        closed.image("closed", [base])
-        daemon = make_daemon(extra_env=closed.env()).start()
-        daemon.create_key()
-        plain = Template().from_image(image(closed, "closed"))
-        with pytest.raises(BuildException, match="refuses access"):
-            build(daemon, plain, f"{NAME}-closed")
-        with pytest.raises(BuildException, match="refuses access"):
-            build(daemon, Template().from_image(image(closed, "closed"), username="me", password="wrong"), f"{NAME}-closed")
-        build(daemon, Template().from_image(image(closed, "closed"), username="me", password="secret"), f"{NAME}-closed")
-        assert "secret" not in re.sub(r"the registry's|secret_", "", daemon.log())
-        [mine] = [t for t in sandboxes.call(daemon, "GET", "/templates") if f"{NAME}-closed" in t["names"]]
-        sandboxes.call(daemon, "DELETE", f"/templates/{mine['templateID']}")
+def test_a_registry_with_a_password(closed, base, image_daemon):
+    closed.image("closed", [base])
+    name = f"{NAME}-closed"
+    with pytest.raises(BuildException, match="refuses access"):
+        build(image_daemon, Template().from_image(image(closed, "closed")), name)
+    with pytest.raises(BuildException, match="refuses access"):
+        build(image_daemon, Template().from_image(image(closed, "closed"), username="me", password="wrong"), name)
+    build(image_daemon, Template().from_image(image(closed, "closed"), username="me", password="secret"), name)
+    assert "secret" not in image_daemon.log(10_000)
 
 
 def hostile(registry, base):
     """Name, what is pushed, what is said."""
-    bomb = Layer()
-    # Sparse here, and zeros there: 3 GiB in 3 MiB.
-    bomb.add("bomb", bytes(1 << 20))
-    huge = b"".join(bytes(512) for _ in range(2))
     long = Layer().add("x", b"", pax_headers={"comment": "x" * (2 << 20)}).done()
     many = Layer()
     for n in range(40):
         many.link(f"l{n}", f"l{(n + 1) % 40}")
     many.add("l0/file", b"")
-    del bomb, huge
     return [
         ("traversal", [Layer().add("../../../tmp/nidus-escaped", b"out").done()], {}, "leads out of the image"),
         ("dots", [Layer().add("a/../../b", b"out").done()], {}, "leads out of the image"),
@@ -144,9 +143,7 @@ def hostile(registry, base):
     ]
 
 
-def test_hostile_images_are_refused_and_nothing_is_written_outside(registry, base, image_daemon, host):
-    from pathlib import Path
-
+def test_hostile_images_are_refused_and_nothing_is_written_outside(registry, base, image_daemon):
     for name, layers, options, said in hostile(registry, base):
         registry.image(name, layers, **options)
         with pytest.raises(BuildException, match=re.escape(said)) as failure:
@@ -154,7 +151,6 @@ def test_hostile_images_are_refused_and_nothing_is_written_outside(registry, bas
         assert "\n" not in str(failure.value)[:10], name
     assert not Path("/tmp/nidus-escaped").exists()
     assert list((DEFAULT_DATA_DIR / "build").iterdir()) == []
-    host.assert_clean()
 
 
 def test_links_out_of_the_image_lead_into_it(registry, base, image_daemon, tmp_path):
