@@ -13,7 +13,7 @@ use crate::pipeline::{Base, Based, Found, Pipeline, Run};
 impl Pipeline {
     /// A root file system that is booted once. With `plain` it is all that the template is, and then it is made under the
     /// template's own build id.
-    pub(crate) async fn from_source(
+    pub(crate) async fn base_of_source(
         &self,
         run: &mut Run<'_>,
         base: &Base,
@@ -25,7 +25,7 @@ impl Pipeline {
         let key = LayerKey::of("base", &(&identity, sizes, kernel, &self.vmm, &self.config.programs));
         let title = format!("[base] FROM {name}");
         let turn = match self.find(run, key, &title).await? {
-            Found::Cached(layer) => return Ok(Based::Layer(key, layer)),
+            Found::Cached(layer) => return Ok(Based::Layer(key, Box::new(layer))),
             Found::Make(turn) => turn,
         };
         let request = BuildRequest {
@@ -53,11 +53,11 @@ impl Pipeline {
             bytes: self.stored_bytes(metadata.build_id).await,
         };
         let layer = self.keep(run, key, layer, turn).await?;
-        Ok(if plain { Based::Published(Box::new(metadata)) } else { Based::Layer(key, layer) })
+        Ok(if plain { Based::Published(Box::new(metadata)) } else { Based::Layer(key, Box::new(layer)) })
     }
 
     /// Another template as it is, or its disk booted in another size or by another VMM.
-    pub(crate) async fn from_template(
+    pub(crate) async fn base_of_template(
         &self,
         run: &mut Run<'_>,
         build: BuildId,

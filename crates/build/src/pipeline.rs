@@ -274,9 +274,9 @@ impl Pipeline {
         let began = Instant::now();
         let plain = spec.steps.is_empty() && spec.start.is_empty();
         let (mut key, mut layer) = match &spec.base {
-            Base::Template { build, name } => self.from_template(run, *build, name).await?,
-            base => match self.from_source(run, base, plain).await? {
-                Based::Layer(key, layer) => (key, layer),
+            Base::Template { build, name } => self.base_of_template(run, *build, name).await?,
+            base => match self.base_of_source(run, base, plain).await? {
+                Based::Layer(key, layer) => (key, *layer),
                 Based::Published(metadata) => return Ok(*metadata),
             },
         };
@@ -448,7 +448,7 @@ fn expanded(pairs: &[(String, String)], env: &BTreeMap<String, String>) -> Vec<(
 /// What a base is.
 pub(crate) enum Based {
     /// A layer.
-    Layer(LayerKey, Layer),
+    Layer(LayerKey, Box<Layer>),
     /// The template itself: nothing was to be done after its base.
     Published(Box<TemplateMetadata>),
 }

@@ -111,7 +111,10 @@ fn add(tar: &mut tar::Builder<impl Write>, hash: &mut Sha256, path: &Path, full:
     let meta = std::fs::symlink_metadata(full)?;
     let mut header = Header::new_gnu();
     header.set_mode(meta.permissions().mode() & 0o7777);
-    (header.set_mtime(0), header.set_uid(0), header.set_gid(0), header.set_size(0));
+    header.set_mtime(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_size(0);
     hash.update(path.as_os_str().as_encoded_bytes());
     hash.update(meta.permissions().mode().to_le_bytes());
     if meta.is_symlink() {

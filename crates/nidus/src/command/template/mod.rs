@@ -18,7 +18,7 @@ use crate::output::{Output, relative, size};
 #[derive(Debug, Subcommand)]
 pub enum Template {
     /// Build a template: of a Dockerfile, an image or another template. A name that exists gets a new build
-    Build(build::Build),
+    Build(Box<build::Build>),
     /// List the templates
     List,
     /// Delete a template and its builds
@@ -51,7 +51,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 pub async fn run(command: Template, config: &Config, out: Output) -> anyhow::Result<ExitCode> {
     let client = Client::new(config).await?;
     match command {
-        Template::Build(build) => return build::run(&client, out, build).await,
+        Template::Build(build) => return build::run(&client, out, *build).await,
         Template::Prune { keep } => {
             let pruned = client.call(Method::POST, "/admin/layers/prune", Some(json!({ "maxBytes": keep })));
             let pruned = pruned.await?;
