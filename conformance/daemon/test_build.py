@@ -22,15 +22,11 @@ def work():
 
 
 def delete(daemon, name=NAME):
-    for template in sandboxes.call(daemon, "GET", "/templates"):
-        if any(n.startswith(name) for n in template["names"]):
-            sandboxes.call(daemon, "DELETE", f"/templates/{template['templateID']}")
+    sandboxes.delete_templates(daemon, name)
 
 
 def build(daemon, template, name=NAME):
-    lines = []
-    Template.build(template, name, on_build_logs=lambda e: lines.append(e.message), **sandboxes.options(daemon))
-    return lines
+    return sandboxes.build(daemon, template, name)
 
 
 def slow(n):

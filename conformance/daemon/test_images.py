@@ -48,17 +48,12 @@ def image_daemon(registry, closed, tmp_path_factory):
     daemon = Daemon(extra_env=env, log_path=tmp_path_factory.mktemp("daemon") / "nidus.log").start()
     daemon.create_key()
     yield daemon
-    for template in sandboxes.call(daemon, "GET", "/templates"):
-        if any(name.startswith(NAME) for name in template["names"]):
-            sandboxes.call(daemon, "DELETE", f"/templates/{template['templateID']}")
+    sandboxes.delete_templates(daemon, NAME)
     sandboxes.call(daemon, "POST", "/admin/layers/prune", {"maxBytes": 0})
     assert daemon.terminate() == 0
 
 
-def build(daemon, template, name=NAME):
-    lines = []
-    Template.build(template, name, on_build_logs=lambda e: lines.append(e.message), **sandboxes.options(daemon))
-    return lines
+build = sandboxes.build
 
 
 def image(registry, name, tag="latest"):

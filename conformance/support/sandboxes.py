@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from e2b import Sandbox
+from e2b import Sandbox, Template
 
 from .daemon import Daemon
 
@@ -24,3 +24,17 @@ def call(daemon: Daemon, method: str, path: str, body=None):
     status, answer = daemon.rest(method, path, body)
     assert status < 400, (method, path, status, answer)
     return answer
+
+
+def build(daemon: Daemon, template, name: str) -> list[str]:
+    """Builds a template; what was said."""
+    lines = []
+    Template.build(template, name, on_build_logs=lambda entry: lines.append(entry.message), **options(daemon))
+    return lines
+
+
+def delete_templates(daemon: Daemon, prefix: str) -> None:
+    """Deletes the templates whose names begin so."""
+    for template in call(daemon, "GET", "/templates"):
+        if any(name.startswith(prefix) for name in template["names"]):
+            call(daemon, "DELETE", f"/templates/{template['templateID']}")

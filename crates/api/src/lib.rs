@@ -66,8 +66,6 @@ pub struct Api {
     ready: AtomicBool,
     /// Told when a template has a new build.
     built: Notify,
-    /// Room that builds which were asked for and not started are to have, in MiB.
-    pub(crate) wanted_disks: parking_lot::Mutex<std::collections::HashMap<String, i32>>,
 }
 
 impl Api {
@@ -81,7 +79,6 @@ impl Api {
             in_hand: Default::default(),
             ready: AtomicBool::new(false),
             built: Notify::new(),
-            wanted_disks: Default::default(),
         })
     }
 

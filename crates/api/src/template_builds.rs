@@ -69,11 +69,12 @@ async fn request(
     }
     let build = Uuid::new_v4().to_string();
     // 0: as it turns out when the build is started.
-    api.store.add_build(&build, &t.id, new.cpu_count.unwrap_or(0), new.memory_mb.unwrap_or(0)).await?;
-    api.store.want_tags(&build, &tags).await?;
-    if let Some(disk) = new.min_free_disk_mb {
-        api.wanted_disks.lock().insert(build.clone(), disk);
+    let (cpu, memory) = (new.cpu_count.unwrap_or(0), new.memory_mb.unwrap_or(0));
+    api.store.add_build(&build, &t.id, cpu, memory).await?;
+    if let Some(free) = new.min_free_disk_mb {
+        api.store.set_sizes(&build, cpu.into(), memory.into(), i64::from(free + SYSTEM_MB)).await?;
     }
+    api.store.want_tags(&build, &tags).await?;
     if tags.is_empty() {
         tags.push(DEFAULT_TAG.to_owned());
     }
@@ -162,7 +163,7 @@ pub async fn start_build(
             template_config::Source::FromTemplate(FromTemplateConfig { alias: name, build_id: from.id })
         }
     };
-    api.store.set_sizes(&b.id, cpu, memory).await?;
+    api.store.set_sizes(&b.id, cpu, memory, b.disk_mb).await?;
     let steps = start.steps.unwrap_or_default().into_iter().map(|s| TemplateStep {
         r#type: s.r#type,
         args: s.args,
@@ -170,13 +171,12 @@ pub async fn start_build(
         files_hash: s.files_hash,
     });
     let number = |n: i64| i32::try_from(n).unwrap_or(i32::MAX);
-    let disk = api.wanted_disks.lock().remove(&b.id).map_or(0, |free| free.saturating_add(SYSTEM_MB));
     let config = TemplateConfig {
         template_id: b.template_id.clone(),
         build_id: b.id.clone(),
         memory_mb: number(memory),
         v_cpu_count: number(cpu),
-        disk_size_mb: disk,
+        disk_size_mb: number(b.disk_mb),
         start_command: start.start_cmd.unwrap_or_default(),
         ready_command: start.ready_cmd.unwrap_or_default(),
         force: start.force,

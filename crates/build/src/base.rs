@@ -64,7 +64,7 @@ impl Pipeline {
         name: &str,
     ) -> Result<(LayerKey, Layer), PipelineError> {
         let spec = run.spec;
-        if !self.cache.hold_build(build, &mut run.held).await? {
+        if !self.cache.hold(build, &mut run.held).await? {
             return Err(PipelineError::NoTemplate(build));
         }
         let text = self.factory.store().read(build, Artifact::Metadata).await?;
@@ -137,12 +137,8 @@ impl Pipeline {
 
     /// What a build takes on the disk, for the account of the cache.
     async fn stored_bytes(&self, build: BuildId) -> u64 {
-        let dir = self.factory.store().local().dir(build);
-        let used = move || {
-            use std::os::unix::fs::MetadataExt;
-            let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
-            files.filter_map(|f| f.metadata().ok()).map(|m| m.blocks() * 512).sum()
-        };
-        tokio::task::spawn_blocking(used).await.unwrap_or(0)
+        let store = self.factory.store().local().clone();
+        let used = tokio::task::spawn_blocking(move || store.usage(build)).await;
+        used.ok().and_then(Result::ok).flatten().map_or(0, |(bytes, _)| bytes)
     }
 }

@@ -3,61 +3,24 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
 
-use nidus_sandbox::{Factory, RemoveError};
-use nidus_storage::{BuildId, Builds, StorageError};
+use nidus_sandbox::{Factory, RemoveError, Use};
+use nidus_storage::{BuildId, StorageError};
 use parking_lot::Mutex;
 
 use crate::PipelineError;
 use crate::key::LayerKey;
 use crate::layers::{Layer, LayerIndex, Listed, Pruned};
 
-type Counts = Arc<Mutex<HashMap<BuildId, usize>>>;
-
 /// Layers and their builds.
 pub(crate) struct Cache {
     pub index: LayerIndex,
-    store: Arc<Builds>,
-    held: Counts,
-    /// Held while a layer is looked up and while one is removed.
-    steady: tokio::sync::Mutex<()>,
+    factory: Arc<Factory>,
     turns: Mutex<HashMap<LayerKey, Weak<tokio::sync::Mutex<()>>>>,
 }
 
-/// The layers that one build uses: they are not removed before its end.
-pub(crate) struct Held {
-    counts: Counts,
-    mine: Vec<BuildId>,
-}
-
-impl Held {
-    fn add(&mut self, build: BuildId) {
-        *self.counts.lock().entry(build).or_default() += 1;
-        self.mine.push(build);
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let mut counts = self.counts.lock();
-        for build in &self.mine {
-            if let Some(count) = counts.get_mut(build) {
-                *count -= 1;
-                if *count == 0 {
-                    counts.remove(build);
-                }
-            }
-        }
-    }
-}
-
 impl Cache {
-    pub fn new(index: LayerIndex, store: Arc<Builds>) -> Self {
-        let (held, steady, turns) = (Counts::default(), Default::default(), Default::default());
-        Self { index, store, held, steady, turns }
-    }
-
-    pub fn hold(&self) -> Held {
-        Held { counts: self.held.clone(), mine: Vec::new() }
+    pub fn new(index: LayerIndex, factory: Arc<Factory>) -> Self {
+        Self { index, factory, turns: Default::default() }
     }
 
     /// What those who make the layer of one key lock.
@@ -72,28 +35,25 @@ impl Cache {
         turn
     }
 
-    /// The layer of a key whose build is there.
-    pub async fn find(&self, key: LayerKey, held: &mut Held) -> Result<Option<Layer>, StorageError> {
-        let _steady = self.steady.lock().await;
+    /// The layer of a key whose build is there; it is `held` from then on.
+    pub async fn find(&self, key: LayerKey, held: &mut Vec<Use>) -> Result<Option<Layer>, StorageError> {
         let index = self.index.clone();
         let found = tokio::task::spawn_blocking(move || index.get(key)).await.ok().flatten();
         let Some(layer) = found else { return Ok(None) };
-        if !self.store.exists(layer.build_id).await? {
-            return Ok(None);
-        }
-        held.add(layer.build_id);
-        Ok(Some(layer))
+        let here = self.hold(layer.build_id, held).await?;
+        Ok(here.then_some(layer))
     }
 
-    /// Keeps a build that others began with.
-    pub async fn hold_build(&self, build: BuildId, held: &mut Held) -> Result<bool, StorageError> {
-        let _steady = self.steady.lock().await;
-        held.add(build);
-        self.store.exists(build).await
+    /// Keeps a build from being removed; whether it is there.
+    pub async fn hold(&self, build: BuildId, held: &mut Vec<Use>) -> Result<bool, StorageError> {
+        let hold = self.factory.lineages().hold(build).await?;
+        let here = hold.is_some();
+        held.extend(hold);
+        Ok(here)
     }
 
-    pub async fn put(&self, key: LayerKey, layer: &Layer, held: &mut Held) -> Result<(), PipelineError> {
-        held.add(layer.build_id);
+    pub async fn put(&self, key: LayerKey, layer: &Layer, held: &mut Vec<Use>) -> Result<(), PipelineError> {
+        self.hold(layer.build_id, held).await?;
         let (index, layer) = (self.index.clone(), layer.clone());
         let put = tokio::task::spawn_blocking(move || index.put(key, &layer)).await;
         let put = put.unwrap_or_else(|e| Err(std::io::Error::other(e)));
@@ -107,7 +67,7 @@ impl Cache {
         list.map_err(|e| PipelineError::io("read the index of layers", e))
     }
 
-    pub async fn prune(&self, factory: &Factory, bytes: u64) -> Result<Pruned, PipelineError> {
+    pub async fn prune(&self, bytes: u64) -> Result<Pruned, PipelineError> {
         let mut pruned = Pruned::default();
         // A layer that another one reads goes after that: as long as there is progress, once more.
         loop {
@@ -121,7 +81,7 @@ impl Cache {
                 if total <= bytes {
                     break;
                 }
-                if self.remove(factory, key, &layer).await? {
+                if self.remove(key, &layer).await? {
                     total = total.saturating_sub(layer.bytes);
                     pruned.layers += 1;
                     pruned.bytes += layer.bytes;
@@ -136,14 +96,12 @@ impl Cache {
     }
 
     /// Removes a layer that nobody needs; whether it is gone.
-    async fn remove(&self, factory: &Factory, key: LayerKey, layer: &Layer) -> Result<bool, PipelineError> {
-        let _steady = self.steady.lock().await;
-        let build = layer.build_id;
-        if self.held.lock().contains_key(&build) {
-            return Ok(false);
-        }
+    async fn remove(&self, key: LayerKey, layer: &Layer) -> Result<bool, PipelineError> {
+        // Nobody finds or makes it meanwhile; whose turn it is needs it.
+        let turn = self.turn(key);
+        let Ok(_turn) = turn.try_lock() else { return Ok(false) };
         if layer.owned {
-            match factory.remove(build).await {
+            match self.factory.remove(layer.build_id).await {
                 Ok(()) | Err(RemoveError::Storage(StorageError::NotFound(_))) => {}
                 Err(RemoveError::InUse { .. } | RemoveError::Running { .. }) => return Ok(false),
                 Err(RemoveError::Storage(e)) => return Err(e.into()),

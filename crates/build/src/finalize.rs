@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nidus_envd_protocol::StartCommand;
 use nidus_envd_protocol::process::Signal;
-use nidus_sandbox::{START_TAG, start_command};
+use nidus_sandbox::{START_TAG, in_context, start_command};
 use nidus_template::{Context, Level, Start};
 
 use crate::PipelineError;
@@ -86,16 +86,8 @@ async fn wait_ready(
     guest.log.info(format!("waiting for: {}", start.ready));
     let began = Instant::now();
     loop {
-        let mut command = StartCommand::shell(start.ready.clone()).timeout(TRY_LIMIT.min(limit));
-        if let Some(user) = &context.user {
-            command = command.user(user);
-        }
-        if let Some(dir) = &context.workdir {
-            command = command.cwd(dir);
-        }
-        for (name, value) in &context.env_vars {
-            command = command.env(name, value);
-        }
+        let command = StartCommand::shell(start.ready.clone()).timeout(TRY_LIMIT.min(limit));
+        let command = in_context(command, context);
         let tried = tokio::select! {
             () = guest.cancel.cancelled() => return Err(PipelineError::Cancelled),
             tried = guest.client.run(command) => tried,

@@ -1,6 +1,6 @@
 //! Commands of a build in the guest of a step.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::path::Path;
 use std::time::Duration;
 
@@ -119,25 +119,6 @@ impl Guest<'_> {
                 Err(PipelineError::Command { what: what.to_owned(), status, output: lines.tail() })
             }
         }
-    }
-
-    /// Runs a line of shell in a context.
-    pub async fn shell(
-        &self,
-        what: &str,
-        line: &str,
-        user: &str,
-        dir: Option<&str>,
-        env: &BTreeMap<String, String>,
-    ) -> Result<(), PipelineError> {
-        let mut command = StartCommand::shell(line).user(user);
-        if let Some(dir) = dir {
-            command = command.cwd(dir);
-        }
-        for (name, value) in env {
-            command = command.env(name, value);
-        }
-        self.run(what, command).await
     }
 
     /// Runs a script of ours as root, with words that it takes as they are.

@@ -27,5 +27,5 @@ pub use dockerfile::{CopySource, Dockerfile, DockerfileError, Instruction};
 pub use error::PipelineError;
 pub use files::{FileStore, FilesError, Upload};
 pub use layers::{Layer, LayerIndex, Pruned};
-pub use pipeline::{Base, BuildSpec, Failed, Finished, Pipeline, PipelineConfig, StepSpec};
+pub use pipeline::{Base, BuildSpec, Failed, Pipeline, PipelineConfig, StepSpec};
 pub use step::{Step, StepError};

@@ -1,10 +1,10 @@
 //! The VM of one step: resumed from the layer before, and saved as the next one.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nidus_sandbox::{MachineSize, Sandbox, SandboxSpec, SaveSpec};
+use nidus_envd_protocol::StartCommand;
+use nidus_sandbox::{MachineSize, Sandbox, SandboxSpec, SaveSpec, in_context};
 use nidus_storage::BuildId;
 use nidus_template::{Context, Level, Start};
 use uuid::Uuid;
@@ -20,9 +20,7 @@ use crate::pipeline::{Pipeline, Run};
 pub(crate) enum Work {
     Run {
         command: String,
-        user: String,
-        directory: Option<String>,
-        env: BTreeMap<String, String>,
+        context: Context,
     },
     Copy {
         source: String,
@@ -147,8 +145,8 @@ async fn do_it(
     what: &str,
 ) -> Result<(), PipelineError> {
     match work {
-        Work::Run { command, user, directory, env } => {
-            guest.shell(what, command, user, directory.as_deref(), env).await
+        Work::Run { command, context } => {
+            guest.run(what, in_context(StartCommand::shell(command), context)).await
         }
         Work::Copy { source, target, owner, mode, directory, archive } => {
             let c = Copy { source, target, owner, mode: *mode, directory, archive };

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nidus_oci::{Credentials, Reference, Registry};
-use nidus_sandbox::{Factory, NetworkSpec};
+use nidus_sandbox::{Factory, NetworkSpec, Use};
 use nidus_storage::BuildId;
-use nidus_template::{BuildLog, Builder, Context, Level, Log, Start, TemplateMetadata};
+use nidus_template::{BuildLog, Builder, Context, Level, Log, Start, TemplateMetadata, check_sizes};
 use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use crate::cache::{Cache, Held};
+use crate::cache::Cache;
 use crate::env::{expand, lookup};
 use crate::files::FileStore;
 use crate::key::LayerKey;
@@ -121,30 +121,10 @@ impl BuildSpec {
     /// # Errors
     /// That says which one is out of bounds.
     pub fn check(&self) -> Result<(), String> {
-        let own = |value: u32| value != 0 || !matches!(self.base, Base::Template { .. });
-        if own(self.vcpu) && !(1..=32).contains(&self.vcpu) {
-            return Err(format!("{} vCPUs are not between 1 and 32", self.vcpu));
-        }
-        let memory = self.memory_mb;
-        if own(memory) && (!(128..=65_536).contains(&memory) || !memory.is_multiple_of(2)) {
-            return Err(format!("{memory} MiB of memory are not an even number from 128 to 65536"));
-        }
-        if own(self.disk_mb) && !(512..=1_048_576).contains(&self.disk_mb) {
-            return Err(format!("a disk of {} MiB is not between 512 and 1048576", self.disk_mb));
-        }
-        Ok(())
+        let inherits = matches!(self.base, Base::Template { .. });
+        let said = |value: u32| Some(value).filter(|v| *v != 0 || !inherits);
+        check_sizes(said(self.vcpu), said(self.memory_mb), said(self.disk_mb))
     }
-}
-
-/// A build that was published.
-#[derive(Debug, Clone)]
-pub struct Finished {
-    /// What it is.
-    pub metadata: TemplateMetadata,
-    /// Steps that were done, base and end included.
-    pub executed: usize,
-    /// Steps whose layers were there.
-    pub cached: usize,
 }
 
 /// A build that failed.
@@ -176,7 +156,8 @@ pub struct Pipeline {
 pub(crate) struct Run<'a> {
     pub spec: &'a BuildSpec,
     pub cancel: &'a CancellationToken,
-    pub held: Held,
+    /// Keeps the layers that it uses.
+    pub held: Vec<Use>,
     pub log: Log,
     /// From here on nothing is taken from the cache.
     pub forced: bool,
@@ -201,7 +182,7 @@ impl Pipeline {
         let index = LayerIndex::open(config.layers.clone())
             .map_err(|e| PipelineError::io(format!("open {}", config.layers.display()), e))?;
         let files = FileStore::open(config.files.clone(), config.max_upload_bytes)?;
-        let cache = Cache::new(index, factory.store().clone());
+        let cache = Cache::new(index, factory.clone());
         Ok(Self { config, builder, factory, registry, cache, files, vmm })
     }
 
@@ -221,7 +202,7 @@ impl Pipeline {
     /// # Errors
     /// When the index cannot be read.
     pub async fn prune(&self, bytes: u64) -> Result<Pruned, PipelineError> {
-        self.cache.prune(&self.factory, bytes).await
+        self.cache.prune(bytes).await
     }
 
     /// Runs a build to its end and publishes it. A failed or cancelled one leaves the layers that it has made, and
@@ -234,12 +215,12 @@ impl Pipeline {
         spec: &BuildSpec,
         log: mpsc::UnboundedSender<BuildLog>,
         cancel: &CancellationToken,
-    ) -> Result<Finished, Failed> {
+    ) -> Result<TemplateMetadata, Failed> {
         let stop = cancel.child_token();
         let mut run = Run {
             spec,
             cancel: &stop,
-            held: self.cache.hold(),
+            held: Vec::new(),
             log: Log::new(log, BASE),
             forced: spec.force,
             executed: 0,
@@ -260,13 +241,10 @@ impl Pipeline {
                 }
             }
         };
-        match result {
-            Ok(metadata) => Ok(Finished { metadata, executed: run.executed, cached: run.cached }),
-            Err(error) => {
-                run.log.at(Level::Error, error.to_string());
-                Err(Failed { error, step: run.log.step().to_owned(), layer: run.layer })
-            }
-        }
+        result.map_err(|error| {
+            run.log.at(Level::Error, error.to_string());
+            Failed { error, step: run.log.step().to_owned(), layer: run.layer }
+        })
     }
 
     async fn build(&self, run: &mut Run<'_>) -> Result<TemplateMetadata, PipelineError> {
@@ -403,9 +381,11 @@ impl Pipeline {
             }
             Step::Run { command, user } => Work::Run {
                 command: command.clone(),
-                user: user.clone().unwrap_or_else(|| user_of(&from.context).to_owned()),
-                directory: from.context.workdir.clone(),
-                env,
+                context: Context {
+                    user: Some(user.clone().unwrap_or_else(|| user_of(&from.context).to_owned())),
+                    workdir: from.context.workdir.clone(),
+                    env_vars: env,
+                },
             },
             Step::Copy { source, target, owner, mode } => Work::Copy {
                 source: source.clone(),

@@ -341,6 +341,11 @@ impl Config {
         named.iter().map(parse).collect()
     }
 
+    /// Where the index of layers of template builds is.
+    pub fn layers_dir(&self) -> PathBuf {
+        self.data_dir.join("layers")
+    }
+
     /// How registries may be asked.
     pub fn registry_settings(&self) -> RegistrySettings {
         let allowed = self.allowed_private.clone();

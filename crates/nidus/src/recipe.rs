@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -13,10 +13,8 @@ use crate::config::Config;
 /// The parts that are not in the configuration.
 #[derive(Debug)]
 pub struct MadeWith {
-    /// Program in the guest.
-    pub envd: PathBuf,
-    /// First program of the guest.
-    pub guest_init: PathBuf,
+    /// Digest of the programs in the guest.
+    pub programs: String,
     /// Version of the guest's kernel.
     pub kernel: String,
     /// The VMM that saves the snapshot.
@@ -42,7 +40,7 @@ impl Recipe {
     /// The digest that a build made now would have.
     pub fn of(config: &Config, with: &MadeWith) -> anyhow::Result<String> {
         let mut hash = Sha256::new();
-        hash.update(programs(&[&with.envd, &with.guest_init])?);
+        hash.update(&with.programs);
         let rest = (
             &config.base_image,
             config.base_cpu,
@@ -84,7 +82,8 @@ pub fn programs(paths: &[&Path]) -> anyhow::Result<String> {
     Ok(hex(hash))
 }
 
-fn hex(hash: Sha256) -> String {
+/// In hexadecimal digits.
+pub fn hex(hash: Sha256) -> String {
     hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -111,22 +110,26 @@ mod tests {
         let (envd, guest_init) = (dir.path().join("envd"), dir.path().join("init"));
         std::fs::write(&envd, "one").unwrap();
         std::fs::write(&guest_init, "init").unwrap();
-        let with = MadeWith { envd: envd.clone(), guest_init, kernel: "6.1".into(), vmm: "qemu".into() };
+        let with = || MadeWith {
+            programs: programs(&[&envd, &guest_init]).unwrap(),
+            kernel: "6.1".into(),
+            vmm: "qemu".into(),
+        };
         let config = Config::default();
-        let first = Recipe::of(&config, &with).unwrap();
-        assert_eq!(first, Recipe::of(&config, &with).unwrap());
-        assert_ne!(first, Recipe::of(&Config { base_memory_mb: 1024, ..config.clone() }, &with).unwrap());
+        let first = Recipe::of(&config, &with()).unwrap();
+        assert_eq!(first, Recipe::of(&config, &with()).unwrap());
+        assert_ne!(first, Recipe::of(&Config { base_memory_mb: 1024, ..config.clone() }, &with()).unwrap());
         let image = dir.path().join("image");
         let local =
             Config { local_images: [(config.base_image.clone(), image.clone())].into(), ..config.clone() };
-        assert!(Recipe::of(&local, &with).unwrap_err().to_string().contains("image"));
+        assert!(Recipe::of(&local, &with()).unwrap_err().to_string().contains("image"));
         std::fs::write(&image, "a").unwrap();
-        let local_first = Recipe::of(&local, &with).unwrap();
+        let local_first = Recipe::of(&local, &with()).unwrap();
         assert_ne!(first, local_first);
         std::fs::write(&image, "another").unwrap();
-        assert_ne!(local_first, Recipe::of(&local, &with).unwrap());
+        assert_ne!(local_first, Recipe::of(&local, &with()).unwrap());
         std::fs::write(&envd, "two").unwrap();
-        assert_ne!(first, Recipe::of(&config, &with).unwrap());
+        assert_ne!(first, Recipe::of(&config, &with()).unwrap());
 
         let recipe = Recipe { build: "b".into(), digest: first };
         recipe.save(dir.path()).unwrap();

@@ -198,8 +198,7 @@ impl Parts {
             tracing::info!("{reason}; guests run on {id}");
         }
         let made_with = MadeWith {
-            envd: build.envd.clone(),
-            guest_init: guest_init.clone(),
+            programs: crate::recipe::programs(&[&build.envd, &guest_init])?,
             kernel: kernel.version.clone(),
             vmm: id.to_string(),
         };
@@ -214,20 +213,20 @@ impl Parts {
             template_ttl: Duration::from_secs(config.template_ttl_s),
         };
         let pipeline = PipelineConfig {
-            layers: dir.join("layers"),
+            layers: config.layers_dir(),
             files: dir.join("build-files"),
             max_upload_bytes: config.upload_limit_mb << 20,
             build_limit: Duration::from_secs(config.build_timeout_s),
             ready_limit: TEMPLATE_READY_LIMIT,
-            programs: crate::recipe::programs(&[&build.envd, &build.guest_init])?,
+            programs: made_with.programs.clone(),
         };
         let started = async {
+            let registry = Registry::new(config.registry_settings())?;
             let host = VmHost::open(vmm.clone(), network.clone(), config.uid_base, INSTANCE).await?;
             let host = Arc::new(host);
             let builder = Arc::new(Builder::new(build, store.clone(), host.clone()));
             let factory = Factory::start(factory, store, host.clone(), builder.clone(), gateway.clone())?;
             let factory = Arc::new(factory);
-            let registry = Registry::new(config.registry_settings())?;
             let pipeline = Pipeline::new(pipeline, builder, factory.clone(), registry, vmm.id().to_string());
             match pipeline {
                 Ok(pipeline) => Ok::<_, anyhow::Error>((host, Arc::new(pipeline), factory)),

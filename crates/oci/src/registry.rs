@@ -79,8 +79,8 @@ impl Registry {
     /// # Errors
     /// When the registry may not be asked, cannot be reached, refuses, does not have it or answers wrongly.
     pub async fn find(&self, reference: &Reference, credentials: &Credentials) -> Result<Image, OciError> {
-        let session = self.session(reference, credentials).await?;
-        let (mut digest, mut manifest) = session.manifest(reference, &reference.version()).await?;
+        let (session, first) = self.session(reference, credentials).await?;
+        let (mut digest, mut manifest) = session.manifest(reference, &reference.version(), first).await?;
         if let Some(list) = &manifest.manifests {
             let mine = list.iter().find(|d| {
                 d.platform.as_ref().is_some_and(|p| (p.os.as_str(), p.architecture.as_str()) == PLATFORM)
@@ -99,7 +99,7 @@ impl Registry {
                     found: if found.is_empty() { "none".into() } else { found.join(", ") },
                 });
             };
-            (digest, manifest) = session.manifest(reference, &mine.digest()?.to_string()).await?;
+            (digest, manifest) = session.manifest(reference, &mine.digest()?.to_string(), None).await?;
         }
         let malformed = |reason: &str| OciError::malformed(format!("the manifest of {reference}"), reason);
         if manifest.schema_version != 2 || manifest.manifests.is_some() {
@@ -129,17 +129,21 @@ impl Registry {
         Ok(Image { reference, digest, config: config.config, diff_ids, layers, session })
     }
 
-    async fn session(&self, reference: &Reference, credentials: &Credentials) -> Result<Session, OciError> {
+    /// The right to read a repository, and the answer to the question for the manifest if it was given without.
+    async fn session(
+        &self,
+        reference: &Reference,
+        credentials: &Credentials,
+    ) -> Result<(Session, Option<reqwest::Response>), OciError> {
         let (endpoint, base) = self.transport.registry(&reference.host)?;
         let mut session =
             Session { endpoint, base, repository: reference.repository.clone(), authorization: None };
         let login = credentials.login(&self.transport).await?;
         // As clients do: ask without, and be told what is wanted.
         let url = session.url(&["manifests", &reference.version()])?;
-        let request = session.endpoint.get(url).header("accept", ACCEPT);
-        let response = session.endpoint.send(request).await?;
+        let response = session.ask(url).await?;
         if response.status() != http::StatusCode::UNAUTHORIZED {
-            return Ok(session);
+            return Ok((session, Some(response)));
         }
         let wanted = response.headers().get_all("www-authenticate").iter();
         let wanted = wanted.filter_map(|h| h.to_str().ok()).find_map(Challenge::parse);
@@ -161,7 +165,7 @@ impl Registry {
             }
             _ => return Err(session.refused(reference, 401)),
         };
-        Ok(session)
+        Ok((session, None))
     }
 }
 
@@ -179,12 +183,20 @@ impl Session {
         OciError::Unauthorized { host: self.endpoint.host.clone(), what: what.to_string(), status }
     }
 
-    async fn get(&self, url: Url, what: &str) -> Result<reqwest::Response, OciError> {
+    async fn ask(&self, url: Url) -> Result<reqwest::Response, OciError> {
         let mut request = self.endpoint.get(url).header("accept", ACCEPT);
         if let Some(value) = &self.authorization {
             request = request.header("authorization", value);
         }
-        let response = self.endpoint.send(request).await?;
+        self.endpoint.send(request).await
+    }
+
+    async fn get(&self, url: Url, what: &str) -> Result<reqwest::Response, OciError> {
+        self.good(self.ask(url).await?, what).await
+    }
+
+    /// An answer that is none is an error.
+    async fn good(&self, response: reqwest::Response, what: &str) -> Result<reqwest::Response, OciError> {
         match response.status().as_u16() {
             200 => Ok(response),
             status @ (401 | 403) => Err(self.refused(what, status)),
@@ -200,9 +212,18 @@ impl Session {
     }
 
     /// A manifest or index, and its digest. Asked for by digest, it has that one.
-    async fn manifest(&self, reference: &Reference, version: &str) -> Result<(Digest, Manifest), OciError> {
+    /// `answered` is the registry's answer if it was asked already.
+    async fn manifest(
+        &self,
+        reference: &Reference,
+        version: &str,
+        answered: Option<reqwest::Response>,
+    ) -> Result<(Digest, Manifest), OciError> {
         let what = reference.to_string();
-        let response = self.get(self.url(&["manifests", version])?, &what).await?;
+        let response = match answered {
+            Some(response) => self.good(response, &what).await?,
+            None => self.get(self.url(&["manifests", version])?, &what).await?,
+        };
         let text = self.endpoint.body(response, &format!("the manifest of {what}"), MAX_DOCUMENT).await?;
         let digest = Digest::of(&text);
         check(&format!("the manifest of {what}"), version.parse().ok(), digest)?;

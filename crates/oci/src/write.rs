@@ -129,10 +129,11 @@ impl Writer<'_> {
 
     /// Owner first: changing it takes setuid and capabilities away.
     fn own(&mut self, id: Id, path: &Path) -> Result<(), OciError> {
-        let Inode { meta, is_link } = Inode::of(self.tree, id);
+        let inode = self.tree.inode(id);
+        let meta = &inode.meta;
         lchown(path, Some(meta.uid), Some(meta.gid))
             .map_err(|e| OciError::io("change the owner of", path, e))?;
-        if !is_link {
+        if !matches!(inode.node, Node::Symlink(_)) {
             fs::set_permissions(path, Permissions::from_mode(meta.mode))
                 .map_err(|e| OciError::io("set the mode of", path, e))?;
         }
@@ -150,18 +151,6 @@ impl Writer<'_> {
         rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| OciError::io("set the time of", path, e.into()))?;
         Ok(())
-    }
-}
-
-struct Inode<'a> {
-    meta: &'a Meta,
-    is_link: bool,
-}
-
-impl<'a> Inode<'a> {
-    fn of(tree: &'a Tree, id: Id) -> Self {
-        let inode = tree.inode(id);
-        Self { meta: &inode.meta, is_link: matches!(inode.node, Node::Symlink(_)) }
     }
 }
 

@@ -166,7 +166,7 @@ async fn run(pipeline: &Pipeline, turn: &Semaphore, build: &Build, spec: BuildSp
         build.add(line);
     }
     build.progress.send_replace(match result {
-        Ok(done) => Progress::Done(Box::new(done.metadata)),
+        Ok(metadata) => Progress::Done(Box::new(metadata)),
         Err(e) => Progress::Failed { message: e.error.to_string(), step: Some(e.step), layer: e.layer },
     });
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use nidus_build::LayerIndex;
 use nidus_proto::node::garbage_service_server::GarbageService;
 use nidus_proto::node::{
     CollectGarbageRequest, CollectGarbageResponse, Garbage, PruneLayersRequest, PruneLayersResponse,
@@ -58,6 +59,19 @@ pub async fn collect<F: Future<Output = Result<(), RemoveError>>>(
     Ok(CollectGarbageResponse { garbage })
 }
 
+/// Layers of template builds are no garbage: they have a limit of their own.
+///
+/// # Errors
+/// When the index cannot be read.
+pub async fn keep_layers(request: &mut CollectGarbageRequest, layers: &LayerIndex) -> Result<(), Status> {
+    let layers = layers.clone();
+    let builds = tokio::task::spawn_blocking(move || layers.builds()).await;
+    let builds = builds.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+    let builds = builds.map_err(|e| Status::internal(format!("cannot read the index of layers: {e}")))?;
+    request.kept_build_ids.extend(builds.iter().map(BuildId::to_string));
+    Ok(())
+}
+
 #[tonic::async_trait]
 impl GarbageService for GarbageOf {
     async fn collect_garbage(
@@ -65,12 +79,7 @@ impl GarbageService for GarbageOf {
         request: Request<CollectGarbageRequest>,
     ) -> Result<Response<CollectGarbageResponse>, Status> {
         let (factory, mut request) = (self.0.factory.clone(), request.into_inner());
-        // Layers of template builds are no garbage: they have a limit of their own.
-        let layers = self.0.builds.pipeline.layers().clone();
-        let layers = tokio::task::spawn_blocking(move || layers.builds()).await;
-        let layers = layers.unwrap_or_else(|e| Err(std::io::Error::other(e)));
-        let layers = layers.map_err(|e| Status::internal(format!("cannot read the index of layers: {e}")))?;
-        request.kept_build_ids.extend(layers.iter().map(BuildId::to_string));
+        keep_layers(&mut request, self.0.builds.pipeline.layers()).await?;
         // A task of its own: deleting goes on when the caller goes away.
         let done = tokio::spawn(async move {
             let remove = |build| {

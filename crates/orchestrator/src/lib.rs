@@ -20,6 +20,6 @@ mod server;
 mod template_service;
 
 pub use egress::NetworkParts;
-pub use garbage::collect;
+pub use garbage::{collect, keep_layers};
 pub use node::{Node, NodeConfig};
 pub use server::serve;

@@ -41,9 +41,9 @@ pub enum RemoveError {
 #[derive(Debug, Default)]
 pub(crate) struct Uses(Mutex<HashMap<BuildId, usize>>);
 
-/// A sandbox's hold on the build that it runs from.
+/// A hold on a build, such as a sandbox's on the one that it runs from: it is not removed before this is dropped.
 #[derive(Debug)]
-pub(crate) struct Use {
+pub struct Use {
     uses: Arc<Uses>,
     build: BuildId,
 }
@@ -114,6 +114,18 @@ impl Lineages {
     /// Where the builds are.
     pub fn store(&self) -> &Arc<Builds> {
         &self.store
+    }
+
+    /// Keeps a build from being removed until the result is dropped; none if it is not there.
+    ///
+    /// # Errors
+    /// When the store cannot be asked.
+    pub async fn hold(&self, build: BuildId) -> Result<Option<Use>, StorageError> {
+        let held = {
+            let _no_removal = self.removals.read().await;
+            self.uses.begin(build)
+        };
+        Ok(self.store.exists(build).await?.then_some(held))
     }
 
     /// Removes a build, unless other builds read its files or sandboxes run from it.

@@ -11,7 +11,8 @@ pub fn start_command(start: &Start, context: &Context) -> StartCommand {
     in_context(StartCommand::shell(start.command.clone()).tag(START_TAG), context)
 }
 
-fn in_context(mut command: StartCommand, context: &Context) -> StartCommand {
+/// A command with a template's user, directory and environment, as far as they are said.
+pub fn in_context(mut command: StartCommand, context: &Context) -> StartCommand {
     if let Some(user) = &context.user {
         command = command.user(user.clone());
     }

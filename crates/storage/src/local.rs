@@ -112,7 +112,7 @@ impl LocalStore {
 
     /// What a published build takes on the disk, in bytes, and when it was published; `None` if there is
     /// no such build. Blocks.
-    pub(crate) fn usage(&self, build: BuildId) -> Result<Option<(u64, SystemTime)>, StorageError> {
+    pub fn usage(&self, build: BuildId) -> Result<Option<(u64, SystemTime)>, StorageError> {
         let dir = self.dir(build);
         let usage = || {
             let published = fs::metadata(self.path(build, Artifact::Metadata))?.modified()?;

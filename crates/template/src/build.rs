@@ -89,18 +89,25 @@ impl BuildRequest {
     /// # Errors
     /// [`BuildError::BadRequest`] that names the one that is out of bounds.
     pub fn check(&self) -> Result<(), BuildError> {
-        let bad = |text: String| Err(BuildError::BadRequest(text));
-        if !(1..=32).contains(&self.vcpu) {
-            return bad(format!("{} vCPUs are not between 1 and 32", self.vcpu));
-        }
-        if !(128..=65_536).contains(&self.memory_mb) || !self.memory_mb.is_multiple_of(2) {
-            return bad(format!("{} MiB of memory are not an even number from 128 to 65536", self.memory_mb));
-        }
-        if !(512..=1_048_576).contains(&self.disk_mb) {
-            return bad(format!("a disk of {} MiB is not between 512 and 1048576", self.disk_mb));
-        }
-        Ok(())
+        check_sizes(Some(self.vcpu), Some(self.memory_mb), Some(self.disk_mb)).map_err(BuildError::BadRequest)
     }
+}
+
+/// Checks the sizes of a template, those that are said.
+///
+/// # Errors
+/// In words, with the one that is out of bounds.
+pub fn check_sizes(vcpu: Option<u32>, memory_mb: Option<u32>, disk_mb: Option<u32>) -> Result<(), String> {
+    if let Some(n) = vcpu.filter(|n| !(1..=32).contains(n)) {
+        return Err(format!("{n} vCPUs are not between 1 and 32"));
+    }
+    if let Some(n) = memory_mb.filter(|n| !(128..=65_536).contains(n) || !n.is_multiple_of(2)) {
+        return Err(format!("{n} MiB of memory are not an even number from 128 to 65536"));
+    }
+    if let Some(n) = disk_mb.filter(|n| !(512..=1_048_576).contains(n)) {
+        return Err(format!("a disk of {n} MiB is not between 512 and 1048576"));
+    }
+    Ok(())
 }
 
 /// Files and ids that builds use on this host.

@@ -19,7 +19,9 @@ mod rootfs;
 
 pub use boot::limits;
 pub use boot_files::BootFiles;
-pub use build::{BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, Log, READY_LIMIT, Source};
+pub use build::{
+    BuildConfig, BuildError, BuildLog, BuildRequest, Builder, Level, Log, READY_LIMIT, Source, check_sizes,
+};
 pub use disk::DiskServer;
 pub use host::{DiskError, RootDisk, VmHost, tap_mode};
 pub use image::{identity as image_identity, make as make_image};

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use nidus_network::HYPERLOOP_IP;
 use nidus_oci::{Device, FetchedImage, Image, Limits, Meta, Node, OciError};
 use nidus_storage::{Artifact, StagedBuild};
 use tokio::process::Command;
@@ -17,8 +16,8 @@ use crate::rootfs::{self, ENVD_PATH};
 use crate::{BuildError, BuildRequest, Builder};
 
 /// The guest's unprivileged user, and the id that it has if the image does not use it.
-const USER: &str = "user";
-const USER_ID: u32 = 1000;
+const USER: &str = rootfs::USER.0;
+const USER_ID: u32 = rootfs::USER.1;
 /// Largest account file that is read.
 const MAX_ACCOUNTS: u64 = 1 << 20;
 /// Device nodes of an image that are made; more is no system.
@@ -85,12 +84,12 @@ fn customise(image: &mut FetchedImage, envd: &Path) -> Result<(), BuildError> {
     }
     image.put_file(Path::new(ENVD_PATH), envd, Meta::root(0o755))?;
     let user = add_user(image)?;
-    let sudoers = format!("{USER} ALL=(ALL) NOPASSWD: ALL\n");
+    let sudoers = rootfs::sudoers();
     image.put_bytes(Path::new("etc/sudoers.d/nidus"), sudoers.as_bytes(), Meta::root(0o440))?;
     let owner = Meta { uid: user, gid: user, ..Meta::root(0o755) };
     let home = Path::new("home").join(USER);
     image.put(&home, Node::Directory, owner)?;
-    for file in [".bashrc", ".profile", ".bash_logout"] {
+    for file in rootfs::SKELETON {
         if image.tree.get(&home.join(file)).is_none()
             && let Some(text) = image.read(&Path::new("etc/skel").join(file), MAX_ACCOUNTS)?
         {
@@ -98,8 +97,7 @@ fn customise(image: &mut FetchedImage, envd: &Path) -> Result<(), BuildError> {
             image.put_bytes(&home.join(file), &text, meta)?;
         }
     }
-    let hosts =
-        format!("127.0.0.1 localhost nidus\n::1 localhost ip6-localhost\n{HYPERLOOP_IP} events.e2b.local\n");
+    let hosts = rootfs::hosts();
     for (path, text) in [
         ("etc/hostname", "nidus\n"),
         ("etc/hosts", hosts.as_str()),
@@ -142,16 +140,11 @@ fn add_user(image: &mut FetchedImage) -> Result<u32, BuildError> {
             .any(|text| text.lines().any(|l| field(l, 2) == Some(id.to_string())))
     };
     let id = (USER_ID..60_000).find(|id| !used(*id)).unwrap_or(USER_ID);
-    let new = [
-        ("etc/passwd", format!("{USER}:x:{id}:{id}::/home/{USER}:/bin/bash\n")),
-        ("etc/group", format!("{USER}:x:{id}:\n")),
-        ("etc/shadow", format!("{USER}:*:19000:0:99999:7:::\n")),
-    ];
     if named(&files["etc/passwd"], "root").is_none() {
         files.entry("etc/passwd").and_modify(|t| t.insert_str(0, "root:x:0:0:root:/root:/bin/bash\n"));
         files.entry("etc/group").and_modify(|t| t.insert_str(0, "root:x:0:\n"));
     }
-    for (path, line) in new {
+    for (path, line) in rootfs::accounts(id) {
         let mut text = files.remove(path).unwrap_or_default();
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');

@@ -25,7 +25,30 @@ pub const RESOLV_CONF: &str = "nameserver 8.8.8.8\nnameserver 1.1.1.1\n";
 pub const FSTAB: &str = "/dev/vda / ext4 defaults,noatime 0 1\n";
 
 /// The guest's unprivileged user.
-const USER: (&str, u32) = ("user", 1000);
+pub const USER: (&str, u32) = ("user", 1000);
+
+/// Files of a new user's home that come from /etc/skel.
+pub const SKELETON: [&str; 3] = [".bashrc", ".profile", ".bash_logout"];
+
+/// The user's lines in the files of accounts, with this id.
+pub fn accounts(id: u32) -> [(&'static str, String); 3] {
+    let name = USER.0;
+    [
+        ("etc/passwd", format!("{name}:x:{id}:{id}::/home/{name}:/bin/bash\n")),
+        ("etc/group", format!("{name}:x:{id}:\n")),
+        ("etc/shadow", format!("{name}:*:19000:0:99999:7:::\n")),
+    ]
+}
+
+/// What lets the user be root.
+pub fn sudoers() -> String {
+    format!("{} ALL=(ALL) NOPASSWD: ALL\n", USER.0)
+}
+
+/// Names that guests know. The last line is what envd would write at every start, if it was not there.
+pub fn hosts() -> String {
+    format!("127.0.0.1 localhost nidus\n::1 localhost ip6-localhost\n{HYPERLOOP_IP} events.e2b.local\n")
+}
 
 /// Makes the tree of packages under `root` with mmdebstrap.
 pub async fn debian(
@@ -58,14 +81,14 @@ pub fn customise(root: &Path, envd: &Path) -> Result<(), BuildError> {
     fs::copy(envd, &target).map_err(|e| BuildError::io("copy envd to", &target, e))?;
     mode(&target, 0o755)?;
     let (name, id) = USER;
-    append(root, "etc/passwd", &format!("{name}:x:{id}:{id}::/home/{name}:/bin/bash\n"))?;
-    append(root, "etc/group", &format!("{name}:x:{id}:\n"))?;
-    append(root, "etc/shadow", &format!("{name}:*:19000:0:99999:7:::\n"))?;
-    write(root, "etc/sudoers.d/nidus", &format!("{name} ALL=(ALL) NOPASSWD: ALL\n"))?;
+    for (path, line) in accounts(id) {
+        append(root, path, &line)?;
+    }
+    write(root, "etc/sudoers.d/nidus", &sudoers())?;
     mode(&root.join("etc/sudoers.d/nidus"), 0o440)?;
     let home = root.join("home").join(name);
     fs::create_dir_all(&home).map_err(|e| BuildError::io("make", &home, e))?;
-    for file in [".bashrc", ".profile", ".bash_logout"] {
+    for file in SKELETON {
         let from = root.join("etc/skel").join(file);
         if from.is_file() {
             let to = home.join(file);
@@ -76,10 +99,7 @@ pub fn customise(root: &Path, envd: &Path) -> Result<(), BuildError> {
     chown(&home, Some(id), Some(id)).map_err(|e| BuildError::io("change the owner of", &home, e))?;
     mode(&home, 0o755)?;
     write(root, "etc/hostname", "nidus\n")?;
-    // The last line is what envd would write at every start, if it was not there.
-    let hosts =
-        format!("127.0.0.1 localhost nidus\n::1 localhost ip6-localhost\n{HYPERLOOP_IP} events.e2b.local\n");
-    write(root, "etc/hosts", &hosts)?;
+    write(root, "etc/hosts", &hosts())?;
     // A link into /run would dangle in a guest without a resolver daemon.
     let _ = fs::remove_file(root.join("etc/resolv.conf"));
     write(root, "etc/resolv.conf", RESOLV_CONF)?;

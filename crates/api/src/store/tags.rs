@@ -106,11 +106,18 @@ impl Store {
             .map_err(sql("note a failure"))
     }
 
-    /// Sets the sizes of a build whose template has them.
-    pub(crate) async fn set_sizes(&self, build: &str, cpu: i64, memory_mb: i64) -> Result<(), StoreError> {
-        sqlx::query("UPDATE builds SET cpu_count = ?, memory_mb = ? WHERE id = ?")
+    /// Sets the sizes of a build; 0 is as it turns out.
+    pub(crate) async fn set_sizes(
+        &self,
+        build: &str,
+        cpu: i64,
+        memory_mb: i64,
+        disk_mb: i64,
+    ) -> Result<(), StoreError> {
+        sqlx::query("UPDATE builds SET cpu_count = ?, memory_mb = ?, disk_mb = ? WHERE id = ?")
             .bind(cpu)
             .bind(memory_mb)
+            .bind(disk_mb)
             .bind(build)
             .execute(&self.pool)
             .await

@@ -10,7 +10,6 @@ use hyper::Method;
 use nidus_api::{DEFAULT_GRACE, GarbageReport};
 use nidus_build::LayerIndex;
 use nidus_sandbox::Lineages;
-use nidus_storage::BuildId;
 
 use crate::client::{self, Client};
 use crate::config::Config;
@@ -78,11 +77,9 @@ async fn without_daemon(gc: &Gc, config: &Config) -> anyhow::Result<GarbageRepor
     let builds = Arc::new(crate::builds::open(config, &store).await?);
     let lineages = Lineages::new(builds.clone());
     let mut request = store.garbage_request(gc.grace.unwrap_or(DEFAULT_GRACE), gc.delete).await?;
-    let layers = config.data_dir.join("layers");
-    let layers = tokio::task::spawn_blocking(move || LayerIndex::open(layers)?.builds()).await?;
-    request
-        .kept_build_ids
-        .extend(layers.context("Cannot read the index of layers")?.iter().map(BuildId::to_string));
+    let layers = LayerIndex::open(config.layers_dir()).context("Cannot open the index of layers")?;
+    let kept = nidus_orchestrator::keep_layers(&mut request, &layers).await;
+    kept.map_err(|s| anyhow!("{}", s.message()))?;
     let answer = nidus_orchestrator::collect(&lineages, &request, |build| lineages.remove(build)).await;
     let answer = answer.map_err(|s| anyhow!("{}", s.message()))?;
     builds.remove_queued().await?;

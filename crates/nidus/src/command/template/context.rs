@@ -102,8 +102,7 @@ impl BuildContext {
         }
         let mut file = tar.into_inner()?.finish()?;
         file.rewind()?;
-        let hash = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-        Ok(Archive { file, hash })
+        Ok(Archive { file, hash: crate::recipe::hex(hash) })
     }
 }
 
