@@ -109,7 +109,7 @@ def test_the_command_line_builds_a_dockerfile(daemon, tmp_path):
     (tmp_path / ".dockerignore").write_text("**/*.log\n")
     (tmp_path / "Dockerfile").write_text(
         "ARG SUITE=bookworm\nFROM debian:${SUITE}\nARG WHO=nobody\nENV GREETING=\"hello $WHO\"\n"
-        "WORKDIR /app\nCOPY --chmod=0755 src ./\nRUN echo $GREETING > greeting \\\n && ls > listing\n"
+        "ENV PATH=/app:$PATH\nWORKDIR /app\nCOPY --chmod=0755 src ./\nRUN echo $GREETING > greeting \\\n && ls > listing\n"
         'EXPOSE 80\nCMD ["python3", "-m", "http.server", "8080"]\n'
     )
     name = f"{NAME}-cli"
@@ -118,8 +118,8 @@ def test_the_command_line_builds_a_dockerfile(daemon, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{name} is ready" in done.stdout and "RUN echo $GREETING" in done.stderr and "EXPOSE has no meaning" in done.stderr
     with Sandbox.create(name, timeout=300, **sandboxes.options(daemon)) as sandbox:
-        out = sandbox.commands.run("cat /app/greeting /app/listing; curl -s localhost:8080/app.py; stat -c '%a %U' /app/app.py; pwd; whoami").stdout
-        assert out == "hello you\napp.py\ngreeting\nlisting\nprint('from the image')\n755 root\n/app\nuser\n"
+        out = sandbox.commands.run("cat /app/greeting /app/listing; curl -s localhost:8080/app.py; stat -c '%a %U' /app/app.py; pwd; whoami; echo $PATH | cut -d: -f1-2").stdout
+        assert out == "hello you\napp.py\ngreeting\nlisting\nprint('from the image')\n755 root\n/app\nuser\n/app:/usr/local/sbin\n"
     again = nidus(daemon, *command, "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["name"] == name
     (tmp_path / "Dockerfile").write_text("FROM debian:bookworm\nRUN echo looking; false\n")

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::env::{expand, lookup};
+use crate::env::{expand, expand_known, literal, lookup};
 
 /// Most bytes of a Dockerfile.
 const MAX_BYTES: usize = 1 << 20;
@@ -90,6 +90,8 @@ impl Dockerfile {
             let (word, rest) = line.text.split_once(char::is_whitespace).unwrap_or((&line.text, ""));
             let rest = rest.trim();
             let replace = |text: &str| expand(text, &|n| lookup(&[&known], n));
+            // What the image sets is known where it is built alone.
+            let later = |text: &str| expand_known(text, &|n| lookup(&[&known], n));
             let word = word.to_ascii_uppercase();
             if file.from.is_empty() && !matches!(word.as_str(), "FROM" | "ARG") {
                 return Err(error(format!("{word} before FROM")));
@@ -129,14 +131,22 @@ impl Dockerfile {
                     if file.from.is_empty() {
                         global.extend(pairs);
                     } else if !pairs.is_empty() {
-                        known.extend(pairs.clone());
-                        file.instructions.push(Instruction::Arg(pairs));
+                        let literals = pairs.iter().map(|(n, v)| (n.clone(), literal(v))).collect();
+                        known.extend(pairs);
+                        file.instructions.push(Instruction::Arg(literals));
                     }
                 }
                 "ENV" => {
                     let pairs = env_pairs(rest).map_err(&error)?;
-                    let pairs: Vec<_> = pairs.into_iter().map(|(n, v)| (n, replace(&v))).collect();
-                    known.extend(pairs.clone());
+                    let pairs: Vec<_> = pairs.into_iter().map(|(n, v)| (n, later(&v))).collect();
+                    for (name, value) in &pairs {
+                        let whole = expand(value, &|_| None);
+                        if literal(&whole) == *value {
+                            known.insert(name.clone(), whole);
+                        } else {
+                            known.remove(name);
+                        }
+                    }
                     file.instructions.push(Instruction::Env(pairs));
                 }
                 "RUN" => {
@@ -156,13 +166,13 @@ impl Dockerfile {
                     file.instructions.push(Instruction::Run(command));
                 }
                 "COPY" | "ADD" => {
-                    let copy = copy(&word, rest, &replace).map_err(&error)?;
+                    let copy = copy(&word, rest, &replace, &later).map_err(&error)?;
                     if !line.documents.is_empty() {
                         return Err(error(format!("{word} of a here-document is not supported")));
                     }
                     file.instructions.push(Instruction::Copy(copy));
                 }
-                "WORKDIR" => file.instructions.push(Instruction::Workdir(replace(rest.trim_matches('"')))),
+                "WORKDIR" => file.instructions.push(Instruction::Workdir(later(rest.trim_matches('"')))),
                 "USER" => file.instructions.push(Instruction::User(replace(rest))),
                 "CMD" => cmd = Some(command_line(rest)),
                 "ENTRYPOINT" => entrypoint = Some(command_line(rest)),
@@ -289,7 +299,13 @@ fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-fn copy(word: &str, text: &str, replace: &dyn Fn(&str) -> String) -> Result<CopySource, String> {
+/// `replace` is for what is needed here, `later` for what is read where it is built.
+fn copy(
+    word: &str,
+    text: &str,
+    replace: &dyn Fn(&str) -> String,
+    later: &dyn Fn(&str) -> String,
+) -> Result<CopySource, String> {
     let (flags, rest) = flags(text);
     let (mut owner, mut mode) = (None, None);
     for flag in flags {
@@ -305,8 +321,9 @@ fn copy(word: &str, text: &str, replace: &dyn Fn(&str) -> String) -> Result<Copy
         Some(paths) => paths,
         None => words(rest)?,
     };
-    paths.iter_mut().for_each(|p| *p = replace(p));
     let target = paths.pop().ok_or_else(|| format!("{word} needs a source and a target"))?;
+    let target = later(&target);
+    paths.iter_mut().for_each(|p| *p = replace(p));
     if paths.is_empty() {
         return Err(format!("{word} needs a source and a target"));
     }
@@ -414,6 +431,25 @@ mod tests {
                 Instruction::User(s("me")),
             ]
         );
+    }
+
+    #[test]
+    fn variables_of_the_image_are_left_to_those_who_have_it() {
+        let file = parse(
+            "FROM a\nARG V\nENV PATH=/opt/$V:$PATH Q=\\$V\nENV R=$PATH S=$Q\nWORKDIR $HOME/$V\nCOPY $V $HOME/x$V\n",
+        );
+        let pair = |n: &str, v: &str| (n.to_owned(), v.to_owned());
+        let file = file.unwrap();
+        assert_eq!(
+            file.instructions[1..4],
+            [
+                Instruction::Env(vec![pair("PATH", "/opt/9:$PATH"), pair("Q", r"\$V")]),
+                Instruction::Env(vec![pair("R", "$PATH"), pair("S", r"\$V")]),
+                Instruction::Workdir("$HOME/9".into()),
+            ]
+        );
+        let Instruction::Copy(copy) = &file.instructions[4] else { panic!("{file:?}") };
+        assert_eq!((copy.sources[0].as_str(), copy.target.as_str()), ("9", "$HOME/x9"));
     }
 
     #[test]

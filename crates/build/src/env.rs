@@ -7,11 +7,25 @@ const MAX_VALUE: usize = 128 << 10;
 
 /// `text` with `$NAME`, `${NAME}`, `${NAME:-WORD}` and `${NAME:+WORD}` replaced by what `get` has, as in
 /// [Dockerfiles](https://docs.docker.com/reference/dockerfile/#environment-replacement); `\$` is a dollar. What is not known is empty.
-pub(crate) fn expand(text: &str, get: &dyn Fn(&str) -> Option<String>) -> String {
-    expand_at(text, get, 0)
+pub(crate) fn expand(text: &str, get: Get<'_>) -> String {
+    expand_at(text, get, false, 0)
 }
 
-fn expand_at(text: &str, get: &dyn Fn(&str) -> Option<String>, depth: usize) -> String {
+/// What is known by a name.
+type Get<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// The same for a text that is expanded once more elsewhere: what is not known here stays as it is, and what is put in means
+/// itself there.
+pub(crate) fn expand_known(text: &str, get: Get<'_>) -> String {
+    expand_at(text, &|name| get(name).map(|v| literal(&v)), true, 0)
+}
+
+/// A text that [`expand`] leaves as it is now.
+pub(crate) fn literal(text: &str) -> String {
+    text.replace('$', "\\$")
+}
+
+fn expand_at(text: &str, get: Get<'_>, keep: bool, depth: usize) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some(at) = rest.find(['$', '\\']) {
@@ -22,7 +36,7 @@ fn expand_at(text: &str, get: &dyn Fn(&str) -> Option<String>, depth: usize) -> 
         let after = &rest[at + 1..];
         if rest.as_bytes()[at] == b'\\' {
             if let Some(next) = after.strip_prefix('$') {
-                out.push('$');
+                out.push_str(if keep { "\\$" } else { "$" });
                 rest = next;
             } else {
                 out.push('\\');
@@ -33,7 +47,10 @@ fn expand_at(text: &str, get: &dyn Fn(&str) -> Option<String>, depth: usize) -> 
         if let Some(inner) = after.strip_prefix('{')
             && let Some(end) = closing(inner)
         {
-            out.push_str(&braced(&inner[..end], get, depth));
+            match braced(&inner[..end], get, keep, depth) {
+                Some(value) => out.push_str(&value),
+                None => out.push_str(&rest[at..at + end + 3]),
+            }
             rest = &inner[end + 1..];
             continue;
         }
@@ -41,7 +58,10 @@ fn expand_at(text: &str, get: &dyn Fn(&str) -> Option<String>, depth: usize) -> 
         if end == 0 {
             out.push('$');
         } else {
-            out.push_str(&get(&after[..end]).unwrap_or_default());
+            match get(&after[..end]) {
+                None if keep => out.push_str(&rest[at..at + 1 + end]),
+                value => out.push_str(&value.unwrap_or_default()),
+            }
         }
         rest = &after[end..];
     }
@@ -78,17 +98,22 @@ fn closing(text: &str) -> Option<usize> {
     None
 }
 
-fn braced(inner: &str, get: &dyn Fn(&str) -> Option<String>, depth: usize) -> String {
+/// None if it is to stay as it is.
+fn braced(inner: &str, get: Get<'_>, keep: bool, depth: usize) -> Option<String> {
     const MAX_DEPTH: usize = 10;
     let end = name_len(inner);
     let (name, rest) = inner.split_at(end);
-    let value = get(name).filter(|v| !v.is_empty());
-    let word = |w: &str| if depth < MAX_DEPTH { expand_at(w, get, depth + 1) } else { String::new() };
-    match (rest.strip_prefix(":-"), rest.strip_prefix(":+")) {
+    let value = get(name);
+    if keep && value.is_none() {
+        return None;
+    }
+    let value = value.filter(|v| !v.is_empty());
+    let word = |w: &str| if depth < MAX_DEPTH { expand_at(w, get, keep, depth + 1) } else { String::new() };
+    Some(match (rest.strip_prefix(":-"), rest.strip_prefix(":+")) {
         (Some(default), _) => value.unwrap_or_else(|| word(default)),
         (_, Some(other)) => value.map(|_| word(other)).unwrap_or_default(),
         _ => value.unwrap_or_default(),
-    }
+    })
 }
 
 /// What is known by name, later maps first.
@@ -114,11 +139,25 @@ mod tests {
         assert_eq!(of("$B$"), "$");
     }
 
+    #[test]
+    fn what_is_not_known_yet_is_left_for_later() {
+        let known = BTreeMap::from([("A".to_owned(), "$1".to_owned())]);
+        let of = |t: &str| expand_known(t, &|n| lookup(&[&known], n));
+        assert_eq!(of(r"$A:${A}:$B:${B}:${B:-x}:${A:-x}:\$C"), r"\$1:\$1:$B:${B}:${B:-x}:\$1:\$C");
+        // And then as if it had been done at once.
+        let all = BTreeMap::from([("A".to_owned(), "$1".to_owned()), ("B".into(), "2".into())]);
+        for text in [r"/x:$A:$B", r"${B:-$A}\$B", "${C:-${A}x}${B:+y}", "$C-${C}"] {
+            let at_once = expand(text, &|n| lookup(&[&all], n));
+            assert_eq!(expand(&of(text), &|n| lookup(&[&all], n)), at_once, "{text}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_text_is_taken(text in "[$\\\\{}:A-C+ -]{0,40}") {
             let known = BTreeMap::from([("A".to_owned(), "$A${A}".to_owned())]);
             expand(&text, &|n| lookup(&[&known], n));
+            expand_known(&text, &|n| lookup(&[&known], n));
         }
     }
 }

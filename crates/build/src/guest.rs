@@ -16,7 +16,8 @@ use crate::PipelineError;
 const TAIL: usize = 20;
 /// Longest line that is shown; the rest of it is left out.
 const MAX_LINE: usize = 4096;
-const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where programs are, unless somebody says otherwise.
+pub(crate) const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Bytes of files that one message carries.
 const PIECE: usize = 512 << 10;
 

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cache::Cache;
 use crate::env::{expand, lookup};
 use crate::files::FileStore;
+use crate::guest::SYSTEM_PATH;
 use crate::key::LayerKey;
 use crate::layers::{Layer, LayerIndex, Pruned};
 use crate::machine::Work;
@@ -369,7 +370,7 @@ impl Pipeline {
                 return Ok(next);
             }
             Step::Workdir(dir) => {
-                let dir = expand(dir, &|n| lookup(&[&env], n));
+                let dir = expand(dir, &|n| value(&env, n));
                 let dir = join(from.context.workdir.as_deref().unwrap_or(HOME), &dir);
                 next.context.workdir = Some(dir.clone());
                 Work::Directory { path: dir, owner: user_of(&from.context).to_owned() }
@@ -389,7 +390,7 @@ impl Pipeline {
             },
             Step::Copy { source, target, owner, mode } => Work::Copy {
                 source: source.clone(),
-                target: expand(target, &|n| lookup(&[&env], n)),
+                target: expand(target, &|n| value(&env, n)),
                 owner: owner.clone().unwrap_or_else(|| user_of(&from.context).to_owned()),
                 mode: *mode,
                 directory: from.context.workdir.clone().unwrap_or_else(|| HOME.to_owned()),
@@ -421,8 +422,13 @@ fn user_of(context: &Context) -> &str {
     context.user.as_deref().unwrap_or("user")
 }
 
+/// A variable in an instruction. Images always have a path; systems made of packages need not say it.
+fn value(env: &BTreeMap<String, String>, name: &str) -> Option<String> {
+    lookup(&[env], name).or_else(|| (name == "PATH").then(|| SYSTEM_PATH.to_owned()))
+}
+
 fn expanded(pairs: &[(String, String)], env: &BTreeMap<String, String>) -> Vec<(String, String)> {
-    pairs.iter().map(|(name, value)| (name.clone(), expand(value, &|n| lookup(&[env], n)))).collect()
+    pairs.iter().map(|(name, text)| (name.clone(), expand(text, &|n| value(env, n)))).collect()
 }
 
 /// What a base is.
