@@ -59,9 +59,10 @@ def test_logs_come_under_the_name_of_who_says_them(daemon, pair):
 def test_what_is_too_much_is_refused_and_said_so(pair):
     one, two = pair
     assert say(one, "not json") == "400"
-    # curl asks before it sends so much; others may find the connection closed before they have read the answer.
+    # curl asks before it sends so much (Expect: 100-continue); Python sends it all and reads then.
     big = "head -c 2000000 /dev/zero > /tmp/big && curl -s -o /dev/null -w '%{http_code}' --data-binary @/tmp/big http://192.0.2.1/logs"
     assert one.commands.run(big).stdout == "413"
+    assert one.commands.run("python3 post.py http://192.0.2.1/logs 2000000").stdout.strip() == "413"
     many = "\n".join(json.dumps({"message": f"{n}"}) for n in range(900))
     answers = [say(one, many) for _ in range(4)]
     assert answers[0].startswith("2") and answers[-1].split()[0] == "429" and int(answers[-1].split()[1]) >= 1, answers

@@ -53,7 +53,7 @@ def node(certificate, tmp_path_factory):
     (port,) = free_ports(1)
     extra = {
         "NIDUS_PROXY_TLS_ADDR": f"127.0.0.1:{port}", "NIDUS_PROXY_TLS_CERT": str(certificate[0]),
-        "NIDUS_PROXY_TLS_KEY": str(certificate[1]), "NIDUS_PROXY_IDLE_TIMEOUT_S": "2",
+        "NIDUS_PROXY_TLS_KEY": str(certificate[1]), "NIDUS_PROXY_IDLE_TIMEOUT_S": "4",
     }
     daemon = Daemon(extra_env=extra, log_path=tmp_path_factory.mktemp("daemon") / "nidus.log").start()
     daemon.create_key()
@@ -69,10 +69,15 @@ def sandbox_id(node):
     sandbox = sandboxes.create(daemon, network={"https_ports": [8443]})
     for name, code in (("tls", GUEST_TLS), ("stalls", STALLS)):
         sandbox.files.write(f"/home/user/{name}.py", code)
-        handle = sandbox.commands.run(f"python3 -u {name}.py", background=True, timeout=0)
-        for out, _, _ in handle:
-            assert "listening" in out
-            break
+    # The proxy's idle time holds for the stream of a command as for any other: this one says something all the time.
+    start = """
+        for name in tls stalls; do
+            python3 -u $name.py > $name.log 2>&1 &
+            for n in $(seq 600); do grep -q listening $name.log && break; echo .; sleep 0.2; done
+            grep -q listening $name.log || { cat $name.log; exit 1; }
+        done
+    """
+    sandbox.commands.run(start, timeout=180)
     yield sandbox.sandbox_id
     sandbox.kill(**mine)
 

@@ -109,12 +109,20 @@ impl Pipeline {
     /// Where the files come from, its name, what tells it from others, and what it says of programs.
     async fn source(&self, base: &Base) -> Result<(Source, String, Vec<String>, Context), PipelineError> {
         Ok(match base {
-            Base::Debian { suite } => (
-                Source::Debian { suite: suite.clone() },
-                format!("debian:{suite} (from packages)"),
-                vec!["debian".into(), suite.clone()],
-                Context::default(),
-            ),
+            Base::Debian { suite, packages } => {
+                let more = match packages.len() {
+                    0 => String::new(),
+                    n => format!(", {n} more than every base has"),
+                };
+                let identity =
+                    ["debian", suite].into_iter().map(str::to_owned).chain(packages.iter().cloned());
+                (
+                    Source::Debian { suite: suite.clone(), packages: packages.clone() },
+                    format!("debian:{suite} (from packages{more})"),
+                    identity.collect(),
+                    Context::default(),
+                )
+            }
             Base::Image { path } => {
                 let shown = path.display().to_string();
                 let (size, changed) = nidus_template::image_identity(path)?;

@@ -1,6 +1,6 @@
 //! Dockerfiles, as far as a template can be built of one.
 //!
-//! One stage; FROM, RUN, COPY, ADD of local files, ENV, ARG, WORKDIR, USER, CMD and ENTRYPOINT; what only concerns images (LABEL,
+//! One stage; FROM, RUN, COPY, ADD of local files, ENV, ARG, WORKDIR, USER, CMD, ENTRYPOINT and HEALTHCHECK; what only concerns images (LABEL,
 //! EXPOSE and such) is left out with a warning, and anything else is an error that names its line.
 //! Format: [Dockerfile reference](https://docs.docker.com/reference/dockerfile/).
 
@@ -60,6 +60,8 @@ pub struct Dockerfile {
     pub instructions: Vec<Instruction>,
     /// ENTRYPOINT and CMD as a line of shell.
     pub start: Option<String>,
+    /// HEALTHCHECK's command as a line of shell: it tells when what was started is ready.
+    pub ready: Option<String>,
     /// What is left out, for people.
     pub warnings: Vec<String>,
 }
@@ -102,6 +104,9 @@ impl Dockerfile {
                 }
                 "FROM" => {
                     let image = expand(rest, &|n| lookup(&[&global], n));
+                    // A list of packages (debian:SUITE,PACKAGE,...) may go over several lines.
+                    let pieces: Vec<&str> = image.split(',').map(str::trim).collect();
+                    let image = pieces.join(",");
                     let words: Vec<&str> =
                         image.split_whitespace().filter(|w| !w.starts_with("--")).collect();
                     match words.as_slice() {
@@ -176,7 +181,17 @@ impl Dockerfile {
                 "USER" => file.instructions.push(Instruction::User(replace(rest))),
                 "CMD" => cmd = Some(command_line(rest)),
                 "ENTRYPOINT" => entrypoint = Some(command_line(rest)),
-                "LABEL" | "MAINTAINER" | "EXPOSE" | "STOPSIGNAL" | "HEALTHCHECK" | "VOLUME" | "SHELL" => {
+                "HEALTHCHECK" => {
+                    // Its options are times of a check that goes on for ever.
+                    let (_, check) = flags(rest);
+                    let (kind, command) = check.split_once(char::is_whitespace).unwrap_or((check, ""));
+                    file.ready = match kind.to_ascii_uppercase().as_str() {
+                        "NONE" => None,
+                        "CMD" if !command.trim().is_empty() => Some(command_line(command.trim())),
+                        _ => return Err(error("HEALTHCHECK takes CMD and a command, or NONE".into())),
+                    };
+                }
+                "LABEL" | "MAINTAINER" | "EXPOSE" | "STOPSIGNAL" | "VOLUME" | "SHELL" => {
                     file.warnings.push(format!("line {}: {word} has no meaning for a template", line.number));
                 }
                 _ => {
@@ -393,18 +408,27 @@ mod tests {
     }
 
     #[test]
+    fn packages_of_debian_over_several_lines() {
+        let file = parse("FROM debian:bookworm,\\\n  gcc, \\\n  git AS x\nHEALTHCHECK NONE\n").unwrap();
+        assert_eq!((file.from.as_str(), file.ready), ("debian:bookworm,gcc,git", None));
+        assert!(parse("FROM x\nHEALTHCHECK curl\n").is_err());
+    }
+
+    #[test]
     fn an_ordinary_dockerfile() {
         let file = parse(
             "# syntax=docker/dockerfile:1\nARG BASE=3.12\nFROM --platform=linux/amd64 python:${BASE} AS app\n\n\
              ARG V=1 BASE\nENV A=1 B=\"two words\" P=$V\nENV OLD some value\nWORKDIR /app\n\
              COPY --chown=me:us --chmod=755 a.txt 'b c' ./dir/\nCOPY [\"x y\", \"/z\"]\n\
              RUN apt-get update && \\\n    # a comment inside\n    apt-get install -y x\nRUN [\"echo\", \"a b\"]\n\
-             RUN <<EOF\nset -e\necho hi\nEOF\nLABEL a=b\nUSER me\nENTRYPOINT [\"python\"]\nCMD [\"-m\", \"x y\"]\n",
+             RUN <<EOF\nset -e\necho hi\nEOF\nLABEL a=b\nUSER me\n\
+             HEALTHCHECK --interval=5s CMD curl -f http://localhost/\nENTRYPOINT [\"python\"]\nCMD [\"-m\", \"x y\"]\n",
         )
         .unwrap();
         let s = str::to_owned;
         assert_eq!(file.from, "python:3.12");
         assert_eq!(file.start.as_deref(), Some("python -m 'x y'"));
+        assert_eq!(file.ready.as_deref(), Some("curl -f http://localhost/"));
         assert_eq!(file.warnings.len(), 1);
         assert_eq!(
             file.instructions,

@@ -52,6 +52,8 @@ pub enum Base {
     Debian {
         /// Name of the suite.
         suite: String,
+        /// Packages beside those that every base has, in order.
+        packages: Vec<String>,
     },
     /// A file of this host, as its owner configured it.
     Image {

@@ -66,8 +66,11 @@ fn apply(headers: &HeaderMap, body: &[u8], state: &State) -> Result<(), HttpErro
     if let Some(pem) = request.ca_bundle.as_ref().filter(|p| !p.is_empty()) {
         state.system.trust(pem).map_err(refused)?;
     }
-    state.settings(|settings| store(settings, request));
-    Ok(())
+    let envs = state.settings(|settings| {
+        store(settings, request);
+        settings.envs.clone()
+    });
+    state.system.tell_identity(&envs).map_err(refused)
 }
 
 /// The first call sets the token; later ones must bring it, as the new one or in the header, to

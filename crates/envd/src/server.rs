@@ -49,7 +49,7 @@ where
 /// Serves for ever. To be called in a `LocalSet`.
 pub async fn serve(listener: TcpListener, state: Arc<State>) {
     let mut builder = auto::Builder::new(OneThread);
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIME).half_close(true);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIME).half_close(false);
     builder.http2().timer(TokioTimer::new()).max_concurrent_streams(1000);
     loop {
         let stream = match listener.accept().await {

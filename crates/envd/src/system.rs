@@ -1,5 +1,6 @@
 //! The machine's own state: clock, entropy, host name, /etc. Only here does envd change them.
 
+use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -23,6 +24,7 @@ const MAX_ENTROPY: usize = 4096;
 /// Name that hyperloop, the host's service, has in the guest.
 const EVENTS_HOST: &str = "events.e2b.local";
 
+const IDENTITY: &str = "/run/e2b";
 const HOSTS: &str = "/etc/hosts";
 const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
@@ -118,6 +120,27 @@ impl System {
         };
         let new = with_host(&old, address);
         if new == old { Ok(()) } else { fs::write(HOSTS, new).map_err(wrap) }
+    }
+
+    /// Writes who this sandbox is where programs look that have no variable for it, as E2B's envd does:
+    /// `/run/e2b/.E2B_SANDBOX`, `.E2B_SANDBOX_ID` and `.E2B_TEMPLATE_ID`.
+    pub fn tell_identity(&self, envs: &HashMap<String, String>) -> Result<(), SystemError> {
+        if !self.enabled {
+            return Ok(());
+        }
+        let wrap = |source| SystemError::File { path: IDENTITY, source };
+        fs::create_dir_all(IDENTITY).map_err(wrap)?;
+        for name in ["E2B_SANDBOX", "E2B_SANDBOX_ID", "E2B_TEMPLATE_ID"] {
+            let path = Path::new(IDENTITY).join(format!(".{name}"));
+            match envs.get(name) {
+                Some(value) => fs::write(path, value).map_err(wrap)?,
+                None => match fs::remove_file(path) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(wrap(e)),
+                    _ => {}
+                },
+            }
+        }
+        Ok(())
     }
 
     /// Adds certificates to those that the guest trusts, once.

@@ -5,12 +5,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use chrono::Utc;
-use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::header::{CONTENT_TYPE, EXPECT, HeaderValue, RETRY_AFTER};
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -27,6 +27,10 @@ use crate::rate::Bucket;
 
 /// A guest that sends slower than this is not waited for.
 const REQUEST_TIME: Duration = Duration::from_secs(10);
+
+/// What is read and thrown away of a body that is too long, in bytes: a client that is still sending when
+/// the connection ends sees a reset and not the answer.
+const THROWN_AWAY: usize = 16 << 20;
 
 /// What one sandbox may send.
 #[derive(Debug, Clone, Copy)]
@@ -83,7 +87,7 @@ impl Hyperloop {
             (&Method::GET | &Method::HEAD, "/me") => {
                 reply(StatusCode::OK, &json!({ "sandboxID": self.origin.sandbox_id }))
             }
-            (&Method::POST, "/logs") => self.logs(request.into_body()).await,
+            (&Method::POST, "/logs") => self.logs(request).await,
             (_, "/me" | "/logs") => {
                 error(StatusCode::METHOD_NOT_ALLOWED, "GET /me and POST /logs are served")
             }
@@ -91,14 +95,19 @@ impl Hyperloop {
         }
     }
 
-    async fn logs(&self, body: Incoming) -> Response<Full<Bytes>> {
-        let body = Limited::new(body, self.limits.body_bytes).collect();
-        let body = match tokio::time::timeout(REQUEST_TIME, body).await {
-            Ok(Ok(body)) => body.to_bytes(),
-            Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
-                let text = format!("a request has at most {} bytes", self.limits.body_bytes);
-                return error(StatusCode::PAYLOAD_TOO_LARGE, &text);
-            }
+    async fn logs(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let limit = self.limits.body_bytes;
+        let asks = request.headers().contains_key(EXPECT);
+        let body = request.into_body();
+        let too_long =
+            || error(StatusCode::PAYLOAD_TOO_LARGE, &format!("a request has at most {limit} bytes"));
+        // Whoever asks before sending has an answer without sending.
+        if asks && body.size_hint().lower() > limit as u64 {
+            return too_long();
+        }
+        let body = match tokio::time::timeout(REQUEST_TIME, at_most(body, limit)).await {
+            Ok(Ok(Some(body))) => body,
+            Ok(Ok(None)) => return too_long(),
             Ok(Err(e)) => return error(StatusCode::BAD_REQUEST, &format!("the request ended early: {e}")),
             Err(_) => return error(StatusCode::REQUEST_TIMEOUT, "the request did not come to its end"),
         };
@@ -138,6 +147,24 @@ impl Hyperloop {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         Some(response)
     }
+}
+
+/// The body, or none if it has more than `limit` bytes; then it was read to its end all the same, or to
+/// [`THROWN_AWAY`].
+async fn at_most(mut body: Incoming, limit: usize) -> hyper::Result<Option<Bytes>> {
+    let (mut kept, mut read) = (BytesMut::new(), 0usize);
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        read = read.saturating_add(data.len());
+        if read <= limit {
+            kept.extend_from_slice(&data);
+        } else if read > THROWN_AWAY {
+            break;
+        } else {
+            kept = BytesMut::new();
+        }
+    }
+    Ok((read <= limit).then(|| kept.freeze()))
 }
 
 fn reply(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {

@@ -100,6 +100,33 @@ async fn what_is_not_served_is_refused_in_words() {
     s.end().await;
 }
 
+/// A client that writes all before it reads gets the answer and no reset, also when the answer was due long
+/// before; one that asks first need not send.
+#[tokio::test]
+async fn who_sends_too_much_still_reads_the_answer() {
+    let s = served(Limits::default()).await;
+    let address = s.address;
+    tokio::task::spawn_blocking(move || {
+        use std::io::{Read, Write};
+        for (headers, body) in [("", vec![b'x'; 8 << 20]), ("Expect: 100-continue\r\n", Vec::new())] {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            let head =
+                format!("POST /logs HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n{headers}\r\n", 8 << 20);
+            stream.write_all(head.as_bytes()).unwrap();
+            for piece in body.chunks(64 << 10) {
+                stream.write_all(piece).unwrap();
+                std::thread::yield_now();
+            }
+            let mut answer = [0; 12];
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(&answer, b"HTTP/1.1 413");
+        }
+    })
+    .await
+    .unwrap();
+    s.end().await;
+}
+
 #[tokio::test]
 async fn the_rate_is_limited_and_said() {
     let limits = Limits { entries_per_second: 1, ..Limits::default() };

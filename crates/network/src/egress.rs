@@ -73,6 +73,13 @@ pub struct EgressRules {
     pub kept: Vec<Ipv4Net>,
 }
 
+impl EgressRules {
+    /// Nothing passes.
+    pub fn nothing() -> Self {
+        Self { denied: vec![Ipv4Net::default()], ..Self::default() }
+    }
+}
+
 /// Sockets inside a slot's namespace. They stay in it, wherever they are served from.
 #[derive(Debug)]
 pub struct GatewaySockets {

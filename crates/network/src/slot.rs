@@ -203,10 +203,7 @@ impl NetworkSlot {
             let a = addresses.clone();
             move || {
                 // What is still on its way, if anything, goes nowhere.
-                replace(
-                    &mut netfilter,
-                    &EgressRules { denied: vec![Ipv4Net::default()], ..EgressRules::default() },
-                )?;
+                replace(&mut netfilter, &EgressRules::nothing())?;
                 // A tap that a program has open cannot be made again.
                 let tap = match mode {
                     TapMode::Open => Some(tap::create(crate::TAP_NAME)?),

@@ -106,6 +106,9 @@ pub struct Config {
     pub huge_pages: bool,
     /// Machines kept ready for each template in use; 0 turns it off.
     pub warm: usize,
+    /// Whether machines that are kept ready run their template's ready command before they are used, so that the
+    /// first request to what the template started is as fast as later ones.
+    pub rehearse: bool,
     /// How long a template stays open after its last use, in seconds.
     pub template_ttl_s: u64,
     /// Templates that stay open for good, by name or id, or by the id of a build; the base template
@@ -219,6 +222,7 @@ impl Default for Config {
             disk_mb: 2048,
             huge_pages: false,
             warm: 4,
+            rehearse: true,
             // Longer than a sandbox may live.
             template_ttl_s: 25 * 3600,
             pinned_templates: None,

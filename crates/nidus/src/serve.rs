@@ -209,6 +209,7 @@ impl Parts {
         let factory = FactoryConfig {
             overlays,
             warm: config.warm,
+            rehearse: config.rehearse,
             envd_limit: ENVD_LIMIT,
             template_ttl: Duration::from_secs(config.template_ttl_s),
         };

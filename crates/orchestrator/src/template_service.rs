@@ -44,17 +44,8 @@ fn base(config: &TemplateConfig, local: &BTreeMap<String, PathBuf>) -> Result<Ba
             if let Some(path) = local.get(image) {
                 return Ok(Base::Image { path: path.clone() });
             }
-            let suite = match image.strip_prefix("debian:") {
-                Some(suite) => Some(suite),
-                None if image == "debian" => Some("bookworm"),
-                None => None,
-            };
-            // Other tags of that image (slim, dated) are the registry's.
-            if let Some(suite) =
-                suite.filter(|s| s.bytes().all(|b| b.is_ascii_lowercase()) && *s != "experimental")
-            {
-                let suite = if suite == "latest" { "bookworm" } else { suite };
-                return Ok(Base::Debian { suite: suite.to_owned() });
+            if let Some(base) = debian(image).map_err(bad)? {
+                return Ok(base);
             }
             let reference = image.parse().map_err(|e: nidus_oci::OciError| bad(e.to_string()))?;
             Ok(Base::Registry { reference, credentials: credentials(config.from_image_registry.as_ref())? })
@@ -63,6 +54,33 @@ fn base(config: &TemplateConfig, local: &BTreeMap<String, PathBuf>) -> Result<Ba
             Ok(Base::Template { build: build_id(&from.build_id)?, name: from.alias.clone() })
         }
         None => Err(Status::invalid_argument("the template names no image to start from")),
+    }
+}
+
+/// Debian made from packages, if that is what the name means: `debian:SUITE`, or `debian:SUITE,PACKAGE,...` with
+/// packages beside those that every base has. A comma is in no image's name.
+fn debian(image: &str) -> Result<Option<Base>, String> {
+    let mut parts = image.split(',').map(str::trim);
+    let suite = match parts.next() {
+        Some("debian") => "bookworm",
+        Some(name) => name.strip_prefix("debian:").unwrap_or_default(),
+        None => "",
+    };
+    let suite = if suite == "latest" { "bookworm" } else { suite };
+    let mut packages: Vec<String> = parts.filter(|p| !p.is_empty()).map(str::to_owned).collect();
+    let made = !suite.is_empty() && suite.bytes().all(|b| b.is_ascii_lowercase()) && suite != "experimental";
+    match (made, image.contains(',')) {
+        // The order is nothing to the system that comes of them.
+        (true, _) => {
+            packages.sort();
+            packages.dedup();
+            Ok(Some(Base::Debian { suite: suite.to_owned(), packages }))
+        }
+        (false, true) => Err(format!(
+            "'{image}' is no image: packages are listed after debian:SUITE, as debian:bookworm,git,gcc"
+        )),
+        // Other tags of that image (slim, dated) are the registry's.
+        (false, false) => Ok(None),
     }
 }
 
@@ -284,7 +302,14 @@ mod tests {
                 "{image}"
             );
         }
-        assert!(matches!(of("debian:trixie"), Ok(Base::Debian { suite }) if suite == "trixie"));
+        assert!(
+            matches!(of("debian:trixie"), Ok(Base::Debian { suite, packages }) if suite == "trixie" && packages.is_empty())
+        );
+        let (more, same) = (of("debian:bookworm, git,gcc,"), ["gcc", "git"]);
+        assert!(
+            matches!(more, Ok(Base::Debian { suite, packages }) if suite == "bookworm" && packages == same)
+        );
+        assert!(of("python:3.12,git").unwrap_err().message().contains("debian:SUITE"));
         assert!(matches!(of("debian:12-slim"), Ok(Base::Registry { .. })));
         for path in ["/images/b.ext4", "file:///images/b.ext4", "debian:bookworm/../b"] {
             assert!(!matches!(of(path), Ok(Base::Image { .. })), "{path}");

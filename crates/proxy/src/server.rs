@@ -207,7 +207,8 @@ async fn connection<S>(
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE_TIME)
         .max_buf_size(256 << 10)
-        .half_close(true)
+        // A client that closes its end has left, as with Go's servers: what it asked for ends in the guest too.
+        .half_close(false)
         .title_case_headers(true);
     builder
         .http2()

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine;
 use chrono::{DateTime, TimeDelta, Utc};
 use nidus_egress::{Gateway, SlotGateway};
 use nidus_envd_protocol::{Client, ENVD_PORT, EnvdClient, InitRequest};
@@ -26,6 +25,7 @@ use crate::guarded::{self, NetworkSpec};
 use crate::lineage::{Lineages, Use};
 use crate::machine::{Machine, Parts};
 use crate::opened::Opened;
+use crate::rehearsal::{first_words, rehearse};
 use crate::saving::COPY_LIMIT_MB;
 use crate::served::MemoryError;
 use crate::template::Start;
@@ -42,6 +42,8 @@ pub struct FactoryConfig {
     pub overlays: PathBuf,
     /// Machines kept warm for each template in use; 0 turns it off.
     pub warm: usize,
+    /// Whether they run their template's ready command before they are used.
+    pub rehearse: bool,
     /// Longest time from letting a guest run to envd's answer.
     pub envd_limit: Duration,
     /// How long a template stays open after its last use; not 0.
@@ -346,6 +348,18 @@ impl Inner {
         self.prepare_from(self.template(build).await?).await
     }
 
+    /// One that is to stand ready.
+    async fn prepare_ahead(&self, build: BuildId) -> Result<Machine, CreateError> {
+        let mut machine = self.prepare(build).await?;
+        if self.config.rehearse
+            && let Err(e) = rehearse(&mut machine, self.config.envd_limit).await
+        {
+            self.destroy_all(vec![machine]).await;
+            return Err(e);
+        }
+        Ok(machine)
+    }
+
     /// Of a build that is not kept open for others.
     async fn prepare_once(&self, build: BuildId) -> Result<Machine, CreateError> {
         self.prepare_from(self.open(build, Start::Restore).await?).await
@@ -399,7 +413,7 @@ async fn refill(inner: Arc<Inner>) {
                 () = inner.wake.notified() => continue,
             }
         };
-        let made = inner.prepare(build).await;
+        let made = inner.prepare_ahead(build).await;
         if inner.stop.is_cancelled() {
             if let Ok(m) = made {
                 inner.destroy_all(vec![m]).await;
@@ -546,21 +560,16 @@ impl Sandbox {
             self.machine.resume().await?;
             self.inner.config.envd_limit
         };
-        // Two clones of one snapshot share the state of the kernel's random generator until
-        // this is mixed in; nothing but envd runs before.
-        let mut seed = [0u8; 64];
-        getrandom::fill(&mut seed)
-            .map_err(|e| CreateError::io("read random bytes", std::io::Error::other(e.to_string())))?;
+        // Nothing but envd runs before.
+        let first = first_words()?;
         let context = self.metadata().context.clone();
         let mut request = InitRequest {
             env_vars: Some(self.environment()),
             access_token: self.spec.access_token.clone(),
-            timestamp: Some(Utc::now()),
             default_user: Some(context.user.unwrap_or_else(|| "user".to_owned())),
             default_workdir: context.workdir,
-            entropy: Some(base64::engine::general_purpose::STANDARD.encode(seed)),
             lifecycle_id: Some(self.spec.execution_id.clone()),
-            ..InitRequest::default()
+            ..first
         };
         self.introduce(&mut request);
         // A guest that has a token takes another one from those who know the old.

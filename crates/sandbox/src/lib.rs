@@ -3,7 +3,7 @@
 //! The [`Factory`] makes sandboxes out of templates. What a resume needs before its guest may run
 //! (namespace, disk, VMM process, loaded device state) depends on the template alone, so it is
 //! done ahead of need: a *warm* machine stands stopped at the snapshot, and creating a sandbox
-//! means to let it run and to tell its envd who it is.
+//! means to let it run and to tell its envd who it is. What its template runs was asked for once before (`rehearsal`).
 //!
 //! [`Sandbox::pause`] and [`Sandbox::checkpoint`] make a build of a running sandbox, which stores only
 //! what differs from the build it was resumed from; resuming that build is like resuming a template.
@@ -25,6 +25,7 @@ mod machine;
 mod opened;
 mod pages;
 mod pause;
+mod rehearsal;
 mod republish;
 mod saving;
 mod served;

@@ -49,6 +49,8 @@ pub enum Source {
     Debian {
         /// Name of the suite.
         suite: String,
+        /// Packages beside those that every base has.
+        packages: Vec<String>,
     },
     /// A file of this host, as its owner configured it.
     Image {
@@ -342,8 +344,8 @@ impl Builder {
             let level = if l.starts_with("I: ") { Level::Info } else { Level::Debug };
             log.at(level, l.trim_start_matches("I: "));
         };
-        let suite = match &request.source {
-            Source::Debian { suite } => suite,
+        let (suite, packages) = match &request.source {
+            Source::Debian { suite, packages } => (suite, packages),
             Source::Image { path } => {
                 log.info(format!("copying the image {}", path.display()));
                 let (to, envd) = (staged.path(Artifact::Rootfs), &self.config.envd);
@@ -354,7 +356,7 @@ impl Builder {
             }
         };
         log.info(format!("making Debian {suite} from packages"));
-        rootfs::debian(suite, &root, cancel, tool).await?;
+        rootfs::debian(suite, packages, &root, cancel, tool).await?;
         let (tree, envd) = (root.clone(), self.config.envd.clone());
         blocking(move || rootfs::customise(&tree, &envd)).await?;
         log.info(format!("writing an ext4 image of {} MiB", request.disk_mb));
@@ -430,7 +432,7 @@ mod tests {
             vcpu: 1,
             memory_mb: 512,
             disk_mb: 2048,
-            source: Source::Debian { suite: "bookworm".into() },
+            source: Source::Debian { suite: "bookworm".into(), packages: Vec::new() },
             huge_pages: false,
             kernel: None,
             context: Context::default(),

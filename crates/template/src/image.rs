@@ -50,7 +50,7 @@ async fn make_in(
 ) -> Result<(), BuildError> {
     /// Room for any base system; what is not used is cut off.
     const ROOM_MB: u32 = 8192;
-    rootfs::debian(suite, root, cancel, &mut *line).await?;
+    rootfs::debian(suite, &[], root, cancel, &mut *line).await?;
     let (tree, envd) = (root.to_owned(), envd.to_owned());
     blocking(move || rootfs::customise(&tree, &envd)).await?;
     rootfs::write_ext4(root, image, ROOM_MB, cancel, &mut *line).await?;

@@ -50,9 +50,10 @@ pub fn hosts() -> String {
     format!("127.0.0.1 localhost nidus\n::1 localhost ip6-localhost\n{HYPERLOOP_IP} events.e2b.local\n")
 }
 
-/// Makes the tree of packages under `root` with mmdebstrap.
+/// Makes the tree of packages under `root` with mmdebstrap: what every base has, and `packages`.
 pub async fn debian(
     suite: &str,
+    packages: &[String],
     root: &Path,
     cancel: &CancellationToken,
     line: impl FnMut(&str),
@@ -60,10 +61,20 @@ pub async fn debian(
     if suite.is_empty() || !suite.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
         return Err(BuildError::BadRequest(format!("'{suite}' is not the name of a Debian suite")));
     }
+    // https://www.debian.org/doc/debian-policy/ch-controlfields.html#source: nothing that mmdebstrap reads otherwise.
+    let named = |p: &String| {
+        p.len() >= 2
+            && p.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+            && p.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
+    };
+    if let Some(bad) = packages.iter().find(|p| !named(p)) {
+        return Err(BuildError::BadRequest(format!("'{bad}' is not the name of a Debian package")));
+    }
+    let include: Vec<&str> = PACKAGES.split(',').chain(packages.iter().map(String::as_str)).collect();
     let mut command = Command::new("mmdebstrap");
     command
         .args(["--mode=root", "--variant=minbase", "--format=directory"])
-        .arg(format!("--include={PACKAGES}"))
+        .arg(format!("--include={}", include.join(",")))
         // Documentation is most of the files of a small system, and nobody reads it there.
         .args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"])
         .args([

@@ -31,7 +31,7 @@ pub struct Build {
     /// Dockerfile to build; Dockerfile in the context when nothing else is named
     #[arg(long, short, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// Image to begin with: any of a registry, or debian:SUITE, which is made from packages
+    /// Image to begin with: any of a registry, or debian:SUITE[,PACKAGE...], which is made from packages
     #[arg(long, alias = "from", conflicts_with_all = ["file", "from_template"], value_name = "IMAGE")]
     from_image: Option<String>,
     /// Template to begin with
@@ -49,7 +49,7 @@ pub struct Build {
     /// Command that runs in every sandbox; of a Dockerfile, ENTRYPOINT and CMD when not set
     #[arg(long, value_name = "COMMAND")]
     start_cmd: Option<String>,
-    /// Command that succeeds once what was started is ready
+    /// Command that succeeds once what was started is ready; of a Dockerfile, HEALTHCHECK's when not set
     #[arg(long, value_name = "COMMAND")]
     ready_cmd: Option<String>,
     /// Value of an ARG of the Dockerfile
@@ -77,7 +77,7 @@ fn plan(build: &Build) -> anyhow::Result<Plan> {
     let mut start = json!({ "force": build.no_cache });
     let (mut steps, mut copies) = (Vec::new(), Vec::new());
     let mut warnings = Vec::new();
-    let mut start_cmd = build.start_cmd.clone();
+    let (mut start_cmd, mut ready_cmd) = (build.start_cmd.clone(), build.ready_cmd.clone());
     if let Some(image) = &build.from_image {
         start["fromImage"] = json!(image);
     } else if let Some(template) = &build.from_template {
@@ -92,6 +92,7 @@ fn plan(build: &Build) -> anyhow::Result<Plan> {
         start["fromImage"] = json!(file.from);
         warnings = file.warnings;
         start_cmd = start_cmd.or(file.start);
+        ready_cmd = ready_cmd.or(file.ready);
         // As Docker begins, and as sandboxes are used.
         let step = |kind: &str, args: &[&str]| json!({ "type": kind, "args": args });
         let set = |f: fn(&Instruction) -> bool| file.instructions.iter().any(f);
@@ -139,7 +140,7 @@ fn plan(build: &Build) -> anyhow::Result<Plan> {
     if let Some(command) = start_cmd {
         start["startCmd"] = json!(command);
     }
-    if let Some(command) = &build.ready_cmd {
+    if let Some(command) = ready_cmd {
         start["readyCmd"] = json!(command);
     }
     Ok(Plan { start, warnings, copies })
