@@ -14,6 +14,8 @@ from e2b_code_interpreter.charts import BarChart, BoxAndWhiskerChart, LineChart,
 from support.interpreter import template
 
 SECONDS = 900
+# The first of them waits for the template.
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,8 +78,8 @@ def test_all_of_a_large_output_arrives(sandbox, context):
 
 
 def test_many_displays_all_arrive_in_order(sandbox, context):
-    done = sandbox.run_code("for n in range(1500): display(n)", context=context)
-    assert [r.text for r in done.results] == [str(n) for n in range(1500)]
+    done = sandbox.run_code("for n in range(1100): display(n)", context=context)
+    assert [r.text for r in done.results] == [str(n) for n in range(1100)]
     assert not any(r.is_main_result for r in done.results)
 
 
@@ -275,6 +277,9 @@ def test_the_server_starts_again_when_it_is_killed():
         assert sandbox.commands.run(ready, timeout=90).stdout == "OK"
         assert sandbox.run_code("x = 1; x").text == "1"
         sandbox.commands.run("sudo pkill -9 -f '[i]nterpreter.zygote'")
+        # A cell that was sent before it was noticed is told so.
+        first = sandbox.run_code("'x' in globals()")
+        assert first.text == "False" or first.error.name == "UnexpectedEndOfExecution"
         assert sandbox.run_code("'x' in globals()").text == "False"
     finally:
         sandbox.kill()

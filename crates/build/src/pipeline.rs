@@ -293,6 +293,10 @@ impl Pipeline {
             };
         }
         let metadata = self.factory.republish(layer.build_id, spec.build_id, &spec.template_id).await?;
+        // What was built is used next, and a program that was never asked is slow to answer.
+        if metadata.start.can_be_rehearsed() {
+            self.factory.prewarm(spec.build_id).await;
+        }
         run.log.info(format!(
             "build {} is ready after {:.1} s: {} steps done, {} from the cache",
             spec.build_id,

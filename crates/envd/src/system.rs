@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -123,7 +124,8 @@ impl System {
     }
 
     /// Writes who this sandbox is where programs look that have no variable for it, as E2B's envd does:
-    /// `/run/e2b/.E2B_SANDBOX`, `.E2B_SANDBOX_ID` and `.E2B_TEMPLATE_ID`.
+    /// `/run/e2b/.E2B_SANDBOX`, `.E2B_SANDBOX_ID` and `.E2B_TEMPLATE_ID`. For root alone, all variables of commands are
+    /// in `/run/e2b/envs.json`: a program that root started before need not ask for them.
     pub fn tell_identity(&self, envs: &HashMap<String, String>) -> Result<(), SystemError> {
         if !self.enabled {
             return Ok(());
@@ -140,7 +142,13 @@ impl System {
                 },
             }
         }
-        Ok(())
+        // Whole or not at all, for those who read it meanwhile.
+        let (new, path) = (Path::new(IDENTITY).join(".envs.json"), Path::new(IDENTITY).join("envs.json"));
+        let _ = fs::remove_file(&new);
+        let mut file =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).map_err(wrap)?;
+        serde_json::to_writer(&mut file, envs).map_err(|e| wrap(e.into()))?;
+        fs::rename(new, path).map_err(wrap)
     }
 
     /// Adds certificates to those that the guest trusts, once.

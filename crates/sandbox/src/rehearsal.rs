@@ -41,7 +41,7 @@ pub(crate) fn first_words() -> Result<InitRequest, CreateError> {
 /// When the machine cannot be used any more.
 pub(crate) async fn rehearse(machine: &mut Machine, envd_limit: Duration) -> Result<(), CreateError> {
     let metadata = machine.template().metadata.clone();
-    if metadata.start.command.is_empty() || metadata.start.ready.is_empty() {
+    if !metadata.start.can_be_rehearsed() {
         return Ok(());
     }
     machine.slot().set_egress(&EgressRules::nothing()).await?;

@@ -87,6 +87,11 @@ pub struct Start {
 }
 
 impl Start {
+    /// Whether a program runs that can be asked something.
+    pub fn can_be_rehearsed(&self) -> bool {
+        !self.command.is_empty() && !self.ready.is_empty()
+    }
+
     /// Whether nothing is started and nothing is waited for.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()

@@ -13,7 +13,7 @@ from . import jupyter, kernels, pipes
 HOME = "/home/user" if os.path.isdir("/home/user") else os.getcwd()
 ENVD = os.environ.get("INTERPRETER_ENVD", "http://127.0.0.1:49983")
 # envd writes it for each sandbox anew.
-IDENTITY = "/run/e2b/.E2B_SANDBOX_ID"
+ENVS = "/run/e2b/envs.json"
 ALIASES = {"": "python", "py": "python", "python3": "python", "js": "javascript", "ts": "typescript", "sh": "bash"}
 # What kernels find beside the environment of the server.
 OWN = {"TERM": "dumb", "PYTHONUNBUFFERED": "1"}
@@ -118,7 +118,7 @@ class Contexts:
         self.zygote = jupyter.Zygote(python)
         self.contexts, self.defaults = {}, {}
         self.making = asyncio.Lock()
-        self.known, self.rehearsed = None, False
+        self.known, self.made, self.rehearsed = None, None, False
 
     async def begin(self):
         """What is to be there from the start."""
@@ -192,11 +192,15 @@ class Contexts:
     async def environment(self, token):
         """Which machine this is, and the variables that it was created with: envd knows."""
         try:
-            with open(IDENTITY) as file:
-                if self.known is not None and file.read() == self.known[0]:
-                    return self.known
-        except OSError:
+            made = os.stat(ENVS).st_mtime_ns
+            if self.known is None or self.made != made:
+                with open(ENVS) as file:
+                    env = json.load(file)
+                self.known, self.made = (env.get("E2B_SANDBOX_ID"), env), made
+            return self.known
+        except (OSError, ValueError):
             pass
+        # An envd that writes no file.
         try:
             headers = {"X-Access-Token": token} if token else {}
             answer = await AsyncHTTPClient().fetch(f"{ENVD}/envs", headers=headers, request_timeout=5)

@@ -9,6 +9,7 @@ It reads lines of JSON from file descriptor 3, a socket, and answers there:
 `{"ended", "status"}` (its process id, and what wait(2) says). When the socket closes, all kernels end.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -20,6 +21,8 @@ import sys
 import traceback
 
 MIB = 1 << 20
+# prctl(2)
+PR_SET_PDEATHSIG = 1
 
 
 def warm():
@@ -59,6 +62,8 @@ def child(request, unchanged):
     """The kernel itself; does not come back."""
     status = 1
     try:
+        # Also when the zygote is killed.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
         for name in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)
