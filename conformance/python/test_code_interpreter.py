@@ -483,3 +483,56 @@ def test_requests_that_are_wrong(sandbox):
     assert httpx.get(f"{url}/nothing", headers=headers).status_code == 404
     allowed = httpx.options(f"{url}/execute", headers=headers)
     assert allowed.status_code == 204 and allowed.headers["access-control-allow-origin"] == "*"
+
+
+def test_a_context_that_is_removed_or_restarted_under_its_cells(sandbox):
+    for end, errors in ((sandbox.remove_code_context, ["UnexpectedEndOfExecution", "KernelError"]), (sandbox.restart_code_context, ["UnexpectedEndOfExecution", None])):
+        context = sandbox.create_code_context()
+        seen = []
+        cells = [threading.Thread(target=lambda code=code: seen.append(sandbox.run_code(code, context=context))) for code in ("import time; time.sleep(120)", "1")]
+        for cell in cells:
+            cell.start()
+            time.sleep(1)
+        end(context)
+        for cell in cells:
+            cell.join()
+        assert [done.error and done.error.name for done in seen] == errors, seen
+    sandbox.remove_code_context(context)
+    # Nobody is left behind: as many kernels as Python contexts.
+    counted = sandbox.commands.run("pgrep -c -P $(pgrep -f '[i]nterpreter.zygote' | head -n 1)").stdout.strip()
+    assert int(counted) == len([c for c in sandbox.list_code_contexts() if c.language == "python"])
+
+
+def test_any_kernel_that_is_installed_is_a_language():
+    sandbox = make(envs={"FOR_ALL": "x"})
+    try:
+        sandbox.commands.run("sudo python3 -m ipykernel install --name own-kernel", timeout=120)
+        context = sandbox.create_code_context(language="own-kernel", cwd="/tmp", request_timeout=120)
+        done = sandbox.run_code("import os, sys; print(os.getcwd()); 'interpreter' in sys.argv[0]", context=context)
+        assert (done.logs.stdout, done.text, context.language) == (["/tmp\n"], "False", "own-kernel")
+        assert sandbox.run_code("1 / 0", context=context).error.name == "ZeroDivisionError"
+        with pytest.raises(TimeoutException):
+            sandbox.run_code("import time; time.sleep(300)", context=context, timeout=3)
+        sandbox.restart_code_context(context)
+        assert sandbox.run_code("'sys' in globals()", context=context).text == "False"
+        sandbox.remove_code_context(context)
+        assert sandbox.commands.run("pgrep -f '[i]pykernel_launcher' || echo none").stdout == "none\n"
+    finally:
+        sandbox.kill()
+
+
+def test_what_was_installed_is_found_by_the_next_kernel():
+    sandbox = make()
+    try:
+        own = "import pandas as pd; (hasattr(pd, 'mine'), pd.__version__)"
+        assert "False" in sandbox.run_code(own).text
+        # As `pip install` of another version does it.
+        sandbox.commands.run("sudo mkdir -p /usr/local/lib/python3.11/dist-packages/pandas && "
+                             "echo '__version__ = \"99\"; mine = 1' | sudo tee /usr/local/lib/python3.11/dist-packages/pandas/__init__.py")
+        context = sandbox.create_code_context(request_timeout=120)
+        assert sandbox.run_code(own, context=context).text == "(True, '99')"
+        assert sandbox.run_code("import sys; sys.path[0]", context=context).text == ""
+        done = sandbox.run_code("import matplotlib.pyplot as plt; plt.plot([1]); plt.show()", context=context)
+        assert isinstance(done.results[0].chart, LineChart)
+    finally:
+        sandbox.kill()

@@ -40,17 +40,21 @@ class Context:
         self.contexts, self.language, self.cwd = contexts, language, cwd
         self.kernel = None
         self.lock = asyncio.Lock()
-        # What the kernel was told of the machine.
-        self.machine, self.env = None, {}
+        self.removed = False
+        # What the kernel was told: which machine it is on, that machine's variables, and those of the cell before.
+        self.machine, self.env, self.told = None, {}, {}
 
     def described(self):
         return {"id": self.id, "language": self.language, "cwd": self.cwd}
 
     async def start(self):
+        """With another kernel, if there was one."""
         if not os.path.isdir(self.cwd):
             raise Problem(400, f"'{self.cwd}' is not a directory")
+        if self.kernel is not None:
+            await self.kernel.close()
         self.kernel = self.contexts.kernel(self.language, self.cwd)
-        self.machine = None
+        self.machine, self.env, self.told = None, {}, {}
         await self.kernel.start()
 
     def run(self, code, once, token, output, gone, rehearsal=False):
@@ -61,10 +65,11 @@ class Context:
     async def _run(self, code, once, token, output, gone, rehearsal):
         try:
             async with self.lock:
+                if self.removed:
+                    raise Problem(404, "the context was removed")
                 if gone.is_set():
                     return
                 if not self.kernel.alive:
-                    await self.kernel.close()
                     await self.start()
                 if rehearsal:
                     # As the first cell of a machine.
@@ -94,7 +99,7 @@ class Context:
         machine, env = await self.contexts.environment(token)
         settings = {"once": once} if once else {}
         # Kernels that cannot undo are told what to go back to.
-        settings["back"] = {n: self.env.get(n, "") for n in getattr(self, "told", ()) if n not in once}
+        settings["back"] = {n: env.get(n, "") for n in self.told if n not in once}
         self.told = once
         if machine != self.machine:
             settings["env"] = {n: v for n, v in env.items() if self.env.get(n) != v}
@@ -103,10 +108,15 @@ class Context:
         return settings
 
     async def restart(self):
-        # Whatever runs ends with its kernel.
+        """Whatever runs ends with its kernel; what waits runs in the next."""
         await self.kernel.close()
         async with self.lock:
             await self.start()
+
+    async def remove(self):
+        """For good."""
+        self.removed = True
+        await self.kernel.close()
 
 
 class Contexts:
@@ -164,11 +174,12 @@ class Contexts:
     async def default(self, language):
         language = (language or "").strip().lower()
         language = ALIASES.get(language, language)
-        async with self.making if language not in self.defaults else asyncio.Lock():
-            context = self.defaults.get(language)
-            if context is None:
-                context = self.defaults[language] = await self.create(language, None)
-            return context
+        if language in self.defaults:
+            return self.defaults[language]
+        async with self.making:
+            if language not in self.defaults:
+                self.defaults[language] = await self.create(language, None)
+            return self.defaults[language]
 
     async def find(self, key, language):
         return self.get(key) if key else await self.default(language)
@@ -184,7 +195,7 @@ class Contexts:
         context = self.get(key)
         del self.contexts[context.id]
         self.defaults = {n: c for n, c in self.defaults.items() if c is not context}
-        await context.kernel.close()
+        await context.remove()
 
     async def restart(self, key):
         await self.get(key).restart()

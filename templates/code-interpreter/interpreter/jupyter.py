@@ -164,16 +164,6 @@ class JupyterKernel(Kernel):
     def alive(self):
         return self.pid is not None and self.ended is None
 
-    def interrupt(self):
-        self.signal(signal.SIGINT)
-
-    def signal(self, number):
-        if self.alive:
-            try:
-                os.killpg(self.pid, number)
-            except ProcessLookupError:
-                pass
-
     async def close(self):
         if self.alive and self.sockets:
             await self.send("shutdown_request", {"restart": False}, socket=self.control)

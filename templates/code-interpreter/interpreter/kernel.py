@@ -124,7 +124,7 @@ class DataFormatter(BaseFormatter):
 
     def __call__(self, obj):
         pandas = sys.modules.get("pandas")
-        if pandas is None or not isinstance(obj, pandas.DataFrame):
+        if not isinstance(obj, getattr(pandas, "DataFrame", ())):
             return super().__call__(obj)
         if obj.size > MAX_CELLS:
             return None

@@ -1,6 +1,8 @@
 """What all kinds of kernels have in common."""
 
 import asyncio
+import os
+import signal
 import time
 
 # Between two interrupts of a cell that goes on in spite of one, in seconds, and how many.
@@ -31,7 +33,15 @@ class Kernel:
 
     def interrupt(self):
         """Asks the running cell to end."""
-        raise NotImplementedError
+        self.signal(signal.SIGINT)
+
+    def signal(self, number):
+        """To the process and those that it started."""
+        if self.alive:
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:
+                pass
 
     async def close(self):
         """Ends the process."""

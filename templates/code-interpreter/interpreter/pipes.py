@@ -150,16 +150,6 @@ class PipeKernel(Kernel):
     def alive(self):
         return self.process is not None and self.process.returncode is None
 
-    def interrupt(self):
-        self.signal(signal.SIGINT)
-
-    def signal(self, number):
-        if self.alive:
-            try:
-                os.killpg(self.pid, number)
-            except ProcessLookupError:
-                pass
-
     async def close(self):
         self.signal(signal.SIGKILL)
         if self.process is not None:
