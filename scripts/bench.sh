@@ -4,7 +4,7 @@
 #   scripts/bench.sh [--creates N] [--floors N] [--no-docs] [--no-crates]
 #
 # Prints a table with the ratio p50/floor and writes it into docs/performance.md between its markers.
-# Then the crates' own benches run (cargo bench), where a crate has some.
+# Then the code interpreter's first cell is measured, and the crates' own benches run (cargo bench), where a crate has some.
 set -eu
 
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -27,6 +27,8 @@ done
 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$repo/conformance" "$venv/bin/python" "$repo/scripts/bench.py" "$@"
 
 [ "$crates" = yes ] || exit 0
+# The template takes some minutes the first time.
+PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$repo/conformance" "$venv/bin/python" "$repo/scripts/bench_interpreter.py"
 # Of the whole workspace, so that nothing is compiled again with fewer features.
 names=""
 for bench in "$repo"/crates/*/benches/*; do
