@@ -351,13 +351,20 @@ impl Inner {
     /// One that is to stand ready.
     async fn prepare_ahead(&self, build: BuildId) -> Result<Machine, CreateError> {
         let mut machine = self.prepare(build).await?;
-        if self.config.rehearse
-            && let Err(e) = rehearse(&mut machine, self.config.envd_limit).await
-        {
-            self.destroy_all(vec![machine]).await;
-            return Err(e);
+        if !self.config.rehearse {
+            return Ok(machine);
         }
-        Ok(machine)
+        let rehearsed = tokio::select! {
+            () = self.stop.cancelled() => Err(CreateError::ShuttingDown),
+            r = rehearse(&mut machine, self.config.envd_limit) => r,
+        };
+        match rehearsed {
+            Ok(()) => Ok(machine),
+            Err(e) => {
+                self.destroy_all(vec![machine]).await;
+                Err(e)
+            }
+        }
     }
 
     /// Of a build that is not kept open for others.
