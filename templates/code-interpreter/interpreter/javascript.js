@@ -59,7 +59,6 @@ const options = {
   target: ts.ScriptTarget.ES2022,
   module: ts.ModuleKind.ESNext,
   preserveValueImports: true,
-  verbatimModuleSyntax: undefined,
   isolatedModules: true
 }
 
@@ -85,7 +84,7 @@ function awaits (node) {
   return ts.forEachChild(node, awaits) || false
 }
 
-function importOf (node, text) {
+function importOf (node) {
   const from = JSON.stringify(node.moduleSpecifier.text)
   const clause = node.importClause
   if (!clause) return { names: [], text: `await __load(${from});` }
@@ -122,7 +121,7 @@ function scriptOf (code) {
       if (m.kind === ts.SyntaxKind.ExportKeyword || m.kind === ts.SyntaxKind.DefaultKeyword) text = text.replace(m.getText(file), '')
     }
     if (ts.isImportDeclaration(node)) {
-      const made = importOf(node, text)
+      const made = importOf(node)
       made.names.forEach((n) => globals.add(n))
       text = made.text
     } else if (ts.isExportDeclaration(node)) {

@@ -14,11 +14,9 @@ import zmq.asyncio
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from jupyter_client.session import Session
 
-from .kernels import Kernel, KernelError, died, said
+from .kernels import STARTS, Kernel, KernelError, died, said, spawn_with_socket
 from .results import result
 
-# Seconds until a kernel that was started must answer.
-STARTS = 120
 # Seconds that a kernel has to end by itself.
 ENDS = 2
 
@@ -270,15 +268,8 @@ class Zygote:
         async with self.lock:
             if self.process is not None and self.process.returncode is None:
                 return
-            import socket
-
-            ours, theirs = socket.socketpair()
-            with theirs:
-                # Descriptor 3, whatever it was here.
-                words = ["/bin/bash", "-c", f"exec 3<&{theirs.fileno()}; exec \"$0\" -m interpreter.zygote", self.python]
-                self.process = await asyncio.create_subprocess_exec(
-                    *words, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-                )
+            words = [self.python, "-m", "interpreter.zygote"]
+            self.process, ours = await spawn_with_socket(words, stdin=asyncio.subprocess.DEVNULL)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
             if not await self.reader.readline():
                 raise KernelError("the process that Python's kernels come from does not start")

@@ -3,10 +3,13 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 
 # Between two interrupts of a cell that goes on in spite of one, in seconds, and how many.
 AGAIN, TIMES = 2, 10
+# Seconds until a kernel that was started must answer.
+STARTS = 120
 
 
 class KernelError(Exception):
@@ -62,6 +65,23 @@ def died(how):
     """A cell whose kernel went away."""
     value = f"the kernel ended before the execution did ({how}); it starts anew, without its state"
     return {"type": "error", "name": "UnexpectedEndOfExecution", "value": value, "traceback": ""}
+
+
+async def spawn_with_socket(words, prelude="", **options):
+    """Starts a program that has one end of a pair of sockets as its descriptor 3, whatever that is here, in a process group
+    of its own. `prelude` is what bash does before it becomes the program. Gives the process and our end."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        number = theirs.fileno()
+        script = f'exec 3<&{number} {number}<&-; {prelude} exec "$@"'
+        try:
+            process = await asyncio.create_subprocess_exec(
+                "/bin/bash", "-c", script, "kernel", *words, pass_fds=[number], start_new_session=True, **options
+            )
+        except OSError as e:
+            ours.close()
+            raise KernelError(f"{words[0]} does not start: {e}") from None
+    return process, ours
 
 
 async def until_it_ends(kernel, running):

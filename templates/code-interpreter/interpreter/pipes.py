@@ -7,17 +7,14 @@ import os
 import secrets
 import shlex
 import signal
-import socket
 import tempfile
 
 from .jupyter import how_it_ended
-from .kernels import Kernel, KernelError, died, said
+from .kernels import STARTS, Kernel, KernelError, died, said, spawn_with_socket
 from .results import result
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CHUNK = 1 << 16
-# Seconds until a program that was started must answer.
-STARTS = 120
 
 
 class Pipe:
@@ -57,24 +54,17 @@ class PipeKernel(Kernel):
         self.mark = f"\0{secrets.token_hex(8)}\0".encode()
 
     def command(self):
-        """Program and arguments; the mark is in its environment."""
+        """Program and arguments."""
         raise NotImplementedError
 
     # What bash does before it becomes the program.
     prelude = ""
 
     async def start(self):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            words = ["/bin/bash", "-c", f'exec 3<&{theirs.fileno()} {theirs.fileno()}<&-; {self.prelude} exec "$@"', "kernel", *self.command()]
-            try:
-                self.process = await asyncio.create_subprocess_exec(
-                    *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE, cwd=self.cwd, env={**os.environ, **self.env},
-                    pass_fds=[theirs.fileno()], start_new_session=True,
-                )
-            except OSError as e:
-                raise KernelError(f"the kernel does not start: {e}") from None
+        pipe = asyncio.subprocess.PIPE
+        self.process, ours = await spawn_with_socket(
+            self.command(), self.prelude, stdin=pipe, stdout=pipe, stderr=pipe, cwd=self.cwd, env={**os.environ, **self.env}
+        )
         self.pid = self.process.pid
         self.reader, self.writer = await asyncio.open_connection(sock=ours, limit=1 << 28)
         pump = asyncio.ensure_future
