@@ -171,10 +171,10 @@ def test_requests_that_are_wrong(sandbox):
         (b'{"code": "1", "context_id": "x", "language": "python"}', 400), (b'{"code": "1", "context_id": "x"}', 404),
         (b'{"code": "1", "language": "cobol"}', 400),
     ):
-        answer = httpx.post(f"{url}/execute", content=body, headers=headers)
+        answer = httpx.post(f"{url}/execute", content=body, headers=headers, timeout=60)
         assert answer.status_code == status and answer.text, (body, answer.status_code, answer.text)
-    assert httpx.get(f"{url}/nothing", headers=headers).status_code == 404
-    allowed = httpx.options(f"{url}/execute", headers=headers)
+    assert httpx.get(f"{url}/nothing", headers=headers, timeout=60).status_code == 404
+    allowed = httpx.options(f"{url}/execute", headers=headers, timeout=60)
     assert allowed.status_code == 204 and allowed.headers["access-control-allow-origin"] == "*"
 
 
