@@ -83,6 +83,16 @@ test('a sandbox of it: created, listed, commands, terminal, paused, resumed, kil
   assert.equal(JSON.parse(await e2b('sandbox', 'list', '--state', 'paused', '--format', 'json')).filter((s) => s.sandboxId === id).length, 1)
   await e2b('sandbox', 'resume', id)
   assert.equal(await exec('cat', '/app/built'), 'made by cli\n')
+  await exec('curl', '-s', '-d', '{"message":"the app says so","level":"warn","logger":"app"}', 'http://192.0.2.1/logs')
+  const logs = await e2b('sandbox', 'logs', '--format', 'json', id)
+  const said = logs.trim().split('\n').map((line) => JSON.parse(line))
+  assert.deepEqual(said.map((entry) => entry.message), ['Sandbox created', 'Sandbox paused', 'Sandbox resumed', 'the app says so'])
+  assert.match(await e2b('sandbox', 'logs', '--level', 'WARN', id), /WARN[^]*app[^]*the app says so/)
+  let metrics = ''
+  for (const end = Date.now() + 60_000; !metrics.includes('memTotal') && Date.now() < end;) {
+    metrics = await e2b('sandbox', 'metrics', '--format', 'json', id)
+  }
+  assert.match(metrics, /"memTotal":\s*\d+/)
   assert.match(await e2b('sandbox', 'kill', id), /has been killed/)
   assert.match(await e2b('sandbox', 'kill', id), /wasn't found/)
 })

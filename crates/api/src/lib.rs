@@ -15,6 +15,7 @@ mod list;
 mod model;
 mod network;
 mod nodes;
+mod observe;
 mod pause;
 mod sandboxes;
 mod server;

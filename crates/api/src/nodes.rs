@@ -20,6 +20,9 @@ use crate::ApiError;
 
 /// The label by which a node says whose snapshots it can load: this and a `DriverId` as text.
 pub const VMM_LABEL: &str = "vmm=";
+/// Most bytes of an answer over HTTP, and the time for it.
+const MAX_ANSWER: usize = 64 << 20;
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// What a node says of itself holds for this long.
 const LABELS_KEPT: Duration = Duration::from_secs(5);
 
@@ -112,6 +115,27 @@ impl Nodes {
             info.labels.iter().filter_map(|l| l.strip_prefix(VMM_LABEL)).map(str::to_owned).collect();
         *self.said.lock() = Some(Said { at: Instant::now(), vmms: vmms.clone() });
         Ok(vmms)
+    }
+
+    /// What the node's HTTP says at this path and query.
+    pub(crate) async fn get<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
+        let lost = |e: &dyn std::fmt::Display| {
+            tracing::warn!("the node did not answer GET {path}: {e}");
+            ApiError::new(http::StatusCode::SERVICE_UNAVAILABLE, "the node cannot be reached; try again")
+        };
+        let request = http::Request::get(format!("{}{path}", self.url)).body(Body::empty());
+        let request = request.map_err(|e| ApiError::bad(e.to_string()))?;
+        let answer = async {
+            let answer = self.client.request(request).await.map_err(|e| lost(&e))?;
+            let status = answer.status();
+            let body = axum::body::to_bytes(Body::new(answer.into_body()), MAX_ANSWER).await;
+            let body = body.map_err(|e| lost(&e))?;
+            if status.is_success() {
+                return serde_json::from_slice(&body).map_err(|e| lost(&e));
+            }
+            Err(ApiError::new(status, String::from_utf8_lossy(&body)))
+        };
+        tokio::time::timeout(ANSWER_LIMIT, answer).await.unwrap_or_else(|e| Err(lost(&e)))
     }
 
     pub(crate) async fn list(&self) -> Result<Vec<RunningSandbox>, ApiError> {

@@ -11,6 +11,21 @@ mod init;
 pub use client::{Client, EnvdClient, EnvdError, Event, EventStream, Exit, Output, StartCommand};
 pub use init::{InitRequest, VolumeMount};
 
+/// Answer of `GET /metrics`: the guest's own figures. Sizes in bytes, the processors' use in percent of all of
+/// them. What is missing is 0.
+#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct GuestMetrics {
+    pub cpu_count: u64,
+    pub cpu_used_pct: f64,
+    pub mem_total: u64,
+    pub mem_used: u64,
+    pub mem_cache: u64,
+    pub disk_used: u64,
+    pub disk_total: u64,
+}
+
 /// TCP port that envd serves in the guest.
 pub const ENVD_PORT: u16 = 49983;
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nidus_hyperloop::{Hyperloop, Limits, serve};
-use nidus_telemetry::{LogOrigin, MemoryLogs};
+use nidus_telemetry::{LogLimits, LogOrigin, MemoryLogs};
 use tokio_util::sync::CancellationToken;
 
 struct Served {
@@ -21,7 +21,7 @@ struct Served {
 async fn served(limits: Limits) -> Served {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let logs = Arc::new(MemoryLogs::new(10_000, 10));
+    let logs = Arc::new(MemoryLogs::new(LogLimits { entries: 10_000, bytes: 64 << 20, sandboxes: 10 }));
     let text = |t: &str| t.to_owned();
     let origin = LogOrigin {
         sandbox_id: text("isandbox"),
@@ -76,9 +76,9 @@ async fn a_guest_is_itself_and_its_logs_arrive() {
     let (status, answer) =
         s.ask("POST", "/logs", r#"[{"message":"one","sandboxID":"x"},{"message":"two"}]"#).await;
     assert_eq!(status, 200, "{answer}");
-    let texts: Vec<String> = s.logs.of("isandbox").into_iter().map(|l| l.message).collect();
+    let texts: Vec<String> = s.logs.of("team", "isandbox").into_iter().map(|l| l.message).collect();
     assert_eq!(texts, ["one", "two"]);
-    assert!(s.logs.of("x").is_empty());
+    assert!(s.logs.of("team", "x").is_empty());
     s.end().await;
 }
 
@@ -135,7 +135,7 @@ async fn the_rate_is_limited_and_said() {
     assert_eq!(s.ask("POST", "/logs", &ten).await.0, 200);
     let (status, answer) = s.ask("POST", "/logs", &ten).await;
     assert!(status == 429 && answer.to_lowercase().contains("retry-after"), "{answer}");
-    assert_eq!(s.logs.of("isandbox").len(), 10);
+    assert_eq!(s.logs.of("team", "isandbox").len(), 10);
     s.end().await;
 }
 

@@ -109,6 +109,8 @@ pub struct Config {
     /// Whether machines that are kept ready run their template's ready command before they are used, so that the
     /// first request to what the template started is as fast as later ones.
     pub rehearse: bool,
+    /// Seconds between two looks at the processor, memory and disk figures of each sandbox; 0 turns them off.
+    pub metrics_interval_s: u64,
     /// How long a template stays open after its last use, in seconds.
     pub template_ttl_s: u64,
     /// Templates that stay open for good, by name or id, or by the id of a build; the base template
@@ -224,6 +226,7 @@ impl Default for Config {
             warm: 4,
             rehearse: true,
             // Longer than a sandbox may live.
+            metrics_interval_s: 5,
             template_ttl_s: 25 * 3600,
             pinned_templates: None,
             max_sandboxes: 100,

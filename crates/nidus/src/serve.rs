@@ -16,7 +16,9 @@ use nidus_orchestrator::{NetworkParts, Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, Listeners};
 use nidus_sandbox::{Factory, FactoryConfig};
 use nidus_storage::BuildId;
-use nidus_telemetry::{Fanout, LogSink, RunningSink, Sink, TracingLogs};
+use nidus_telemetry::{
+    EventLogs, Fanout, LogFanout, LogLimits, LogSink, MemoryLogs, RunningSink, Sink, TracingLogs,
+};
 use nidus_template::{BuildConfig, Builder, VmHost};
 use nidus_vmm::DriverId;
 use nidus_vmm::cgroup::CgroupRoot;
@@ -172,7 +174,10 @@ impl Parts {
         let (running, lost) = tokio::task::spawn_blocking(move || RunningSink::open(&running))
             .await?
             .context("Cannot keep which sandboxes run")?;
-        let events = Fanout::new(vec![Arc::new(LogSink), Arc::new(running)]);
+        let kept_logs = Arc::new(MemoryLogs::new(LogLimits::default()));
+        let logs = Arc::new(LogFanout::new(vec![Arc::new(TracingLogs), kept_logs.clone()]));
+        let of_events = Arc::new(EventLogs::new(kept_logs.clone()));
+        let events = Fanout::new(vec![Arc::new(LogSink), Arc::new(running), of_events]);
         for event in &lost {
             events.emit(event);
         }
@@ -258,6 +263,7 @@ impl Parts {
             url: format!("http://{}", config.node_addr),
             max_builds: config.max_builds,
             layer_cache_bytes: config.layer_cache_mb << 20,
+            metrics_every: Duration::from_secs(config.metrics_interval_s),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_dir: dir.clone(),
         };
@@ -267,7 +273,7 @@ impl Parts {
             pipeline,
             catalog.clone(),
             Arc::new(events),
-            NetworkParts { gateway, logs: Arc::new(TracingLogs) },
+            NetworkParts { gateway, logs, kept_logs },
         );
         Ok(Self {
             _run: run,

@@ -7,7 +7,7 @@ use nidus_egress::{EgressConfig, Gateway, Policy, PolicyError, ProxyTls, SocksPr
 use nidus_hyperloop::{Hyperloop, Limits};
 use nidus_proto::node::{SandboxConfig, SandboxNetworkEgressConfig};
 use nidus_sandbox::NetworkSpec;
-use nidus_telemetry::{GuestLogSink, LogOrigin};
+use nidus_telemetry::{GuestLogSink, LogOrigin, MemoryLogs};
 
 /// What sandboxes' networks have in common on a node.
 pub struct NetworkParts {
@@ -15,6 +15,8 @@ pub struct NetworkParts {
     pub gateway: Arc<Gateway>,
     /// Where what guests log goes.
     pub logs: Arc<dyn GuestLogSink>,
+    /// The newest of it, for those who ask.
+    pub kept_logs: Arc<MemoryLogs>,
 }
 
 fn plain(egress: &SandboxNetworkEgressConfig, allow_internet: bool) -> EgressConfig {

@@ -9,9 +9,11 @@ mod builds;
 mod chunk_service;
 #[cfg(test)]
 mod chunk_service_tests;
+mod edge;
 mod egress;
 mod garbage;
 mod info;
+mod metrics;
 mod node;
 mod owner;
 mod sandbox_service;

@@ -1,9 +1,10 @@
 //! The node: its parts, its sandboxes, its status.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -21,6 +22,7 @@ use uuid::Uuid;
 use crate::builds::Builds;
 use crate::egress::NetworkParts;
 use crate::info::CpuMeter;
+use crate::metrics::Metrics;
 
 /// Settings of a node.
 #[derive(Debug, Clone)]
@@ -48,6 +50,8 @@ pub struct NodeConfig {
     pub max_builds: usize,
     /// What layers of template builds may take on the disk together, in bytes.
     pub layer_cache_bytes: u64,
+    /// Time between two looks at the figures of each sandbox; zero is never.
+    pub metrics_every: Duration,
     /// Version of the program.
     pub version: String,
     /// Directory whose file system is reported as the node's disk.
@@ -71,6 +75,7 @@ pub struct Node {
     pub(crate) create_successes: AtomicU64,
     pub(crate) create_fails: AtomicU64,
     pub(crate) cpu: CpuMeter,
+    pub(crate) metrics: Metrics,
     status: AtomicI32,
     closing: AtomicBool,
 }
@@ -133,6 +138,8 @@ pub(crate) struct Entry {
     pub saves: mpsc::Sender<SaveRequest>,
     /// Takes one change of its network to its owner.
     pub updates: mpsc::Sender<EgressRequest>,
+    /// Address of its guest, once it answers.
+    pub host_ip: OnceLock<Ipv4Addr>,
     /// What replaced the egress part of its configuration.
     pub egress: Mutex<Option<SandboxNetworkEgressConfig>>,
     /// Set by its owner when everything of it is released.
@@ -217,6 +224,7 @@ impl Node {
             create_successes: AtomicU64::new(0),
             create_fails: AtomicU64::new(0),
             cpu: CpuMeter::default(),
+            metrics: Metrics::default(),
             status: AtomicI32::new(ServiceInfoStatus::Healthy as i32),
             closing: AtomicBool::new(false),
         })

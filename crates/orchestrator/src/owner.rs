@@ -150,6 +150,7 @@ fn open(node: &Node, entry: &Entry, sandbox: &Sandbox) -> CancellationToken {
             gone: gone.clone(),
         },
     );
+    let _ = entry.host_ip.set(sandbox.host_ip());
     *entry.state.lock() = State::Running;
     gone
 }

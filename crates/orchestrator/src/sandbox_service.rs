@@ -1,6 +1,6 @@
 //! `SandboxService` of the contract.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use chrono::{DateTime, Utc};
 use nidus_proto::node::sandbox_service_server::SandboxService;
@@ -165,6 +165,7 @@ impl SandboxService for Sandboxes {
             state: Mutex::new(State::Starting),
             saves,
             updates,
+            host_ip: OnceLock::new(),
             egress: Mutex::default(),
             released: watch::Sender::new(false),
         });

@@ -22,12 +22,12 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use crate::Node;
 use crate::chunk_service::Chunks;
 use crate::garbage::GarbageOf;
 use crate::info::Info;
 use crate::sandbox_service::Sandboxes;
 use crate::template_service::Templates;
+use crate::{Node, edge, metrics};
 
 /// Requests in flight get this long when the node ends.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
@@ -72,7 +72,8 @@ async fn upload(
 /// Path of uploads, before the ticket.
 pub(crate) const UPLOADS: &str = "/build-files/";
 
-/// Serves until `stop`: gRPC over HTTP/2 (prior knowledge) and over any HTTP `GET /health` and uploads.
+/// Serves until `stop`: gRPC over HTTP/2 (prior knowledge) and over any HTTP `GET /health`, uploads, and
+/// the logs and figures of sandboxes.
 ///
 /// # Errors
 /// Never for a single connection.
@@ -93,8 +94,10 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, stop: CancellationTok
                 .route("/health", get(health))
                 // The store of files has a limit of its own.
                 .route(&format!("{UPLOADS}{{ticket}}"), put(upload).layer(DefaultBodyLimit::disable()))
-                .with_state(node),
-        );
+                .with_state(node.clone()),
+        )
+        .merge(edge::router(node.clone()));
+    let metrics = tokio::spawn(metrics::run(node, stop.clone()));
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(15));
     builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(Duration::from_secs(20)));
@@ -124,6 +127,9 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, stop: CancellationTok
         });
     }
     drop(listener);
+    if let Err(e) = metrics.await {
+        tracing::error!("the task that reads the sandboxes' figures broke off: {e}");
+    }
     if tokio::time::timeout(DRAIN_TIME, graceful.shutdown()).await.is_err() {
         tracing::warn!("connections to the node were cut after {} s", DRAIN_TIME.as_secs());
     }

@@ -9,10 +9,14 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::events::{Event, EventKind, Sink};
+
 /// How serious an entry is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// For those who look for a fault.
     Debug,
@@ -64,6 +68,24 @@ pub struct GuestLog {
     pub fields: Map<String, Value>,
 }
 
+impl GuestLog {
+    /// Bytes that it takes, about.
+    pub fn size(&self) -> usize {
+        let fields = self.fields.iter().map(|(name, value)| name.len() + size_of_value(value) + 64);
+        128 + self.message.len() + fields.sum::<usize>()
+    }
+}
+
+/// Bytes of a value on the heap, about. Nesting is bounded by the parser.
+fn size_of_value(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 32,
+        Value::String(text) => 32 + text.len(),
+        Value::Array(all) => 32 + all.iter().map(size_of_value).sum::<usize>(),
+        Value::Object(all) => 32 + all.iter().map(|(k, v)| k.len() + 64 + size_of_value(v)).sum::<usize>(),
+    }
+}
+
 /// Takes entries. Returns at once; one that falls behind drops the oldest.
 pub trait GuestLogSink: Send + Sync + 'static {
     /// Takes one entry.
@@ -89,39 +111,65 @@ impl GuestLogSink for TracingLogs {
 /// Keeps the newest entries of each sandbox in memory.
 #[derive(Debug)]
 pub struct MemoryLogs {
-    entries: usize,
-    sandboxes: usize,
+    limits: LogLimits,
     kept: Mutex<Kept>,
+}
+
+/// How much [`MemoryLogs`] keeps; beyond any of it the oldest go first.
+#[derive(Debug, Clone, Copy)]
+pub struct LogLimits {
+    /// Entries of one sandbox.
+    pub entries: usize,
+    /// Bytes of one sandbox's entries, as [`GuestLog::size`] counts them.
+    pub bytes: usize,
+    /// Sandboxes.
+    pub sandboxes: usize,
+}
+
+impl Default for LogLimits {
+    /// 64 MiB together.
+    fn default() -> Self {
+        Self { entries: 1000, bytes: 256 << 10, sandboxes: 256 }
+    }
+}
+
+#[derive(Debug, Default)]
+struct OfSandbox {
+    entries: VecDeque<GuestLog>,
+    bytes: usize,
 }
 
 #[derive(Debug, Default)]
 struct Kept {
-    logs: HashMap<String, VecDeque<GuestLog>>,
+    logs: HashMap<String, OfSandbox>,
     /// Sandboxes in the order of their first entry.
     order: VecDeque<String>,
 }
 
 impl MemoryLogs {
-    /// Keeps at most `entries` of each of at most `sandboxes` sandboxes; the oldest go first.
-    pub fn new(entries: usize, sandboxes: usize) -> Self {
-        Self { entries, sandboxes, kept: Mutex::default() }
+    /// Keeps so much.
+    pub fn new(limits: LogLimits) -> Self {
+        Self { limits, kept: Mutex::default() }
     }
 
-    /// The kept entries of a sandbox, oldest first.
-    pub fn of(&self, sandbox_id: &str) -> Vec<GuestLog> {
-        self.kept.lock().logs.get(sandbox_id).into_iter().flatten().cloned().collect()
+    /// The kept entries of a team's sandbox, oldest first. Another team's are as unknown as none.
+    pub fn of(&self, team_id: &str, sandbox_id: &str) -> Vec<GuestLog> {
+        let kept = self.kept.lock();
+        let all = kept.logs.get(sandbox_id).into_iter().flat_map(|of| &of.entries);
+        all.filter(|log| log.origin.team_id == team_id).cloned().collect()
     }
 }
 
 impl GuestLogSink for MemoryLogs {
     fn take(&self, log: &GuestLog) {
-        if self.entries == 0 || self.sandboxes == 0 {
+        let size = log.size();
+        if self.limits.entries == 0 || self.limits.sandboxes == 0 || size > self.limits.bytes {
             return;
         }
         let mut kept = self.kept.lock();
         let id = &log.origin.sandbox_id;
         if !kept.logs.contains_key(id) {
-            if kept.order.len() >= self.sandboxes
+            if kept.order.len() >= self.limits.sandboxes
                 && let Some(oldest) = kept.order.pop_front()
             {
                 kept.logs.remove(&oldest);
@@ -129,10 +177,52 @@ impl GuestLogSink for MemoryLogs {
             kept.order.push_back(id.clone());
         }
         let list = kept.logs.entry(id.clone()).or_default();
-        if list.len() >= self.entries {
-            list.pop_front();
+        while list.entries.len() >= self.limits.entries || list.bytes + size > self.limits.bytes {
+            let Some(oldest) = list.entries.pop_front() else { break };
+            list.bytes -= oldest.size();
         }
-        list.push_back(log.clone());
+        list.entries.push_back(log.clone());
+        list.bytes += size;
+    }
+}
+
+/// Puts the events of a sandbox's life among its log entries, in the name of the node. Why a sandbox could
+/// not be made or released is the operator's to know and stays in the node's own log, and a new end time is no
+/// news: every client that connects sets one.
+pub struct EventLogs(Arc<dyn GuestLogSink>);
+
+impl EventLogs {
+    /// Into this sink.
+    pub fn new(sink: Arc<dyn GuestLogSink>) -> Self {
+        Self(sink)
+    }
+}
+
+impl Sink for EventLogs {
+    fn emit(&self, event: &Event) {
+        if event.kind == EventKind::Updated {
+            return;
+        }
+        let what = event.kind.name();
+        let mut message = format!("Sandbox {}", what.rsplit('.').next().unwrap_or(what));
+        let failed = event.kind == EventKind::Failed;
+        if let Some(reason) = event.reason.as_deref().filter(|_| !failed) {
+            message.push_str(": ");
+            message.push_str(reason);
+        }
+        let fields = [("logger", "orchestrator"), ("event", what)];
+        self.0.take(&GuestLog {
+            timestamp: event.timestamp,
+            origin: Arc::new(LogOrigin {
+                sandbox_id: event.sandbox_id.clone(),
+                team_id: event.team_id.clone(),
+                template_id: event.template_id.clone(),
+                execution_id: event.execution_id.clone(),
+            }),
+            level: if failed { LogLevel::Error } else { LogLevel::Info },
+            message,
+            fields: fields.into_iter().map(|(k, v)| (k.to_owned(), Value::from(v))).collect(),
+        });
     }
 }
 
@@ -180,12 +270,14 @@ mod tests {
     proptest! {
         #[test]
         fn memory_is_bounded_and_keeps_the_newest(
-            entries in 1usize..5, sandboxes in 1usize..4, said in prop::collection::vec(0usize..6, 0..60)
+            entries in 1usize..5, bounded: bool, sandboxes in 1usize..4, said in prop::collection::vec(0usize..6, 0..60)
         ) {
-            let kept = MemoryLogs::new(entries, sandboxes);
+            // A text of one or two digits, and of nothing else.
+            let bytes = entries * log(0, 10).size();
+            let kept = MemoryLogs::new(LogLimits { entries: if bounded { usize::MAX } else { entries }, bytes: if bounded { bytes } else { usize::MAX }, sandboxes });
             let mut order: Vec<usize> = Vec::new();
             let mut model: HashMap<usize, Vec<String>> = HashMap::new();
-            for (n, s) in said.iter().enumerate() {
+            for (n, s) in said.iter().enumerate().map(|(n, s)| (n + 10, s)) {
                 kept.take(&log(*s, n));
                 if !order.contains(s) {
                     if order.len() == sandboxes {
@@ -200,10 +292,34 @@ mod tests {
                 }
             }
             for s in 0..6 {
-                let got: Vec<String> = kept.of(&s.to_string()).into_iter().map(|l| l.message).collect();
+                let got: Vec<String> = kept.of("t", &s.to_string()).into_iter().map(|l| l.message).collect();
                 prop_assert_eq!(got, model.get(&s).cloned().unwrap_or_default());
+                prop_assert!(kept.of("other", &s.to_string()).is_empty());
             }
         }
+    }
+
+    #[test]
+    fn what_happens_to_a_sandbox_is_among_its_logs_and_a_failures_cause_is_not() {
+        let kept = Arc::new(MemoryLogs::new(LogLimits::default()));
+        let logs = EventLogs::new(kept.clone());
+        for kind in [EventKind::Updated, EventKind::Killed, EventKind::Failed] {
+            logs.emit(&Event {
+                timestamp: DateTime::UNIX_EPOCH,
+                kind,
+                sandbox_id: "s".into(),
+                execution_id: String::new(),
+                template_id: String::new(),
+                build_id: String::new(),
+                team_id: "t".into(),
+                reason: Some("its time is over".into()),
+            });
+        }
+        let got: Vec<(LogLevel, String)> =
+            kept.of("t", "s").into_iter().map(|l| (l.level, l.message)).collect();
+        let wanted =
+            [(LogLevel::Info, "Sandbox killed: its time is over"), (LogLevel::Error, "Sandbox failed")];
+        assert_eq!(got, wanted.map(|(level, text)| (level, text.to_owned())));
     }
 
     #[test]

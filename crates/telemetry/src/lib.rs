@@ -10,6 +10,8 @@ pub mod logging;
 pub mod running;
 
 pub use events::{Event, EventKind, Fanout, LogSink, MemorySink, Sink};
-pub use guest_logs::{GuestLog, GuestLogSink, LogFanout, LogLevel, LogOrigin, MemoryLogs, TracingLogs};
+pub use guest_logs::{
+    EventLogs, GuestLog, GuestLogSink, LogFanout, LogLevel, LogLimits, LogOrigin, MemoryLogs, TracingLogs,
+};
 pub use logging::{Format, init};
 pub use running::RunningSink;

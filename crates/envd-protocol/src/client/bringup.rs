@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::EnvdError;
 use super::http1::{connect, exchange};
-use crate::{ACCESS_TOKEN_HEADER, InitRequest};
+use crate::{ACCESS_TOKEN_HEADER, GuestMetrics, InitRequest};
 
 /// Pause before a refused connection is tried again, so that a guest under emulation is not
 /// kept busy with refusing.
@@ -27,8 +27,8 @@ const RETRY_MOST: Duration = Duration::from_millis(100);
 /// kernel only after a second.
 const HEDGE: Duration = Duration::from_millis(400);
 
-/// Error texts of envd are short.
-const MAX_ERROR_BYTES: usize = 16 << 10;
+/// Answers and error texts of envd are short; more is not read.
+const MAX_ANSWER_BYTES: usize = 16 << 10;
 
 /// Brings up the envd of one guest.
 #[derive(Debug, Clone)]
@@ -83,7 +83,27 @@ impl EnvdClient {
             let stream = connect(&self.host).await.map_err(|e| self.refused(e))?;
             self.call(stream, what, Method::GET, "/health", Bytes::new()).await
         };
-        tokio::time::timeout(limit, once).await.unwrap_or_else(|_| Err(self.late(what, limit, None)))
+        tokio::time::timeout(limit, once).await.unwrap_or_else(|_| Err(self.late(what, limit, None)))?;
+        Ok(())
+    }
+
+    /// Asks once for the guest's figures, and waits for them at most `limit`. They are the guest's word.
+    ///
+    /// # Errors
+    /// When there is no answer, one that is no success, or one that is not what envd says.
+    pub async fn metrics(&self, limit: Duration) -> Result<GuestMetrics, EnvdError> {
+        let what = "GET /metrics";
+        let once = async {
+            let stream = connect(&self.host).await.map_err(|e| self.refused(e))?;
+            self.call(stream, what, Method::GET, "/metrics", Bytes::new()).await
+        };
+        let body =
+            tokio::time::timeout(limit, once).await.unwrap_or_else(|_| Err(self.late(what, limit, None)))?;
+        serde_json::from_slice(&body).map_err(|e| EnvdError::Status {
+            what: what.into(),
+            status: 200,
+            message: format!("which is not its figures: {e}"),
+        })
     }
 
     async fn until(
@@ -107,7 +127,7 @@ impl EnvdClient {
                 Ok(Err(e @ (EnvdError::Connect { .. } | EnvdError::Http { .. }))) => {
                     last = Some(e.to_string());
                 }
-                Ok(done) => return done,
+                Ok(done) => return done.map(|_| ()),
             }
             if timeout_at(deadline, sleep(pause)).await.is_err() {
                 return Err(self.late(what, limit, last));
@@ -139,7 +159,7 @@ impl EnvdClient {
         method: Method,
         path: &'static str,
         body: Bytes,
-    ) -> Result<(), EnvdError> {
+    ) -> Result<Bytes, EnvdError> {
         let mut request = Request::builder().method(method).uri(path).header(header::HOST, &self.host);
         if !body.is_empty() {
             request = request.header(header::CONTENT_TYPE, "application/json");
@@ -156,13 +176,16 @@ impl EnvdClient {
             .map_err(|e| EnvdError::Request { what: what.into(), reason: e.to_string() })?;
         let mut exchange = exchange(stream, &self.host, request).await?;
         let status = exchange.response.status();
-        if status == StatusCode::NO_CONTENT || status == StatusCode::OK {
-            return Ok(());
+        if status == StatusCode::NO_CONTENT {
+            return Ok(Bytes::new());
         }
         let body = exchange
-            .collect(MAX_ERROR_BYTES)
+            .collect(MAX_ANSWER_BYTES)
             .await
             .map_err(|source| EnvdError::Http { address: self.host.clone(), source })?;
+        if status == StatusCode::OK {
+            return Ok(body.bytes.into());
+        }
         Err(EnvdError::Status {
             what: what.into(),
             status: status.as_u16(),
@@ -204,6 +227,45 @@ mod tests {
         assert!(seen.starts_with("POST /init HTTP/1.1\r\n"), "{seen}");
         assert!(seen.contains("x-access-token: old"), "{seen}");
         assert!(seen.ends_with(r#"{"accessToken":"new"}"#), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn figures_are_bounded_in_size_and_time_and_garbage_is_an_error() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = EnvdClient::new(listener.local_addr().unwrap(), None);
+        let answer = |head: &str, body: &str| {
+            format!("HTTP/1.1 {head}\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        };
+        let answers = [
+            answer("200 OK", r#"{"cpu_count":2,"cpu_used_pct":12.5,"mem_total":7,"ts":1}"#),
+            answer("200 OK", "[1"),
+            answer("401 Unauthorized", "no"),
+            format!(
+                "HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n{{\"cpu_count\":1}}{}",
+                " ".repeat(1 << 20)
+            ),
+            "HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{".to_owned(),
+        ];
+        let server = tokio::spawn(async move {
+            let mut open = Vec::new();
+            for answer in answers {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut seen = vec![0; 4096];
+                let _ = stream.read(&mut seen).await.unwrap();
+                let _ = stream.write_all(answer.as_bytes()).await;
+                open.push(stream);
+            }
+            open
+        });
+        let limit = Duration::from_secs(20);
+        let got = client.metrics(limit).await.unwrap();
+        assert_eq!((got.cpu_count, got.cpu_used_pct, got.mem_total, got.disk_used), (2, 12.5, 7, 0));
+        assert!(matches!(client.metrics(limit).await, Err(EnvdError::Status { status: 200, .. })));
+        assert!(matches!(client.metrics(limit).await, Err(EnvdError::Status { status: 401, .. })));
+        // As much as is read, which is the beginning and spaces.
+        assert_eq!(client.metrics(limit).await.unwrap().cpu_count, 1);
+        assert!(matches!(client.metrics(Duration::from_millis(200)).await, Err(EnvdError::Deadline { .. })));
+        drop(server.await.unwrap());
     }
 
     #[tokio::test]
