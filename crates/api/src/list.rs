@@ -51,9 +51,8 @@ impl Position {
 
     fn parse(token: &str) -> Option<Self> {
         let (time, id) = token.split_once('_')?;
-        let plain = !id.is_empty() && id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric());
         let started = DateTime::from_timestamp_micros(time.parse().ok()?)?;
-        plain.then(|| Self { started, id: id.to_owned() })
+        is_id(id).then(|| Self { started, id: id.to_owned() })
     }
 }
 
@@ -66,6 +65,11 @@ pub fn started(s: &RunningSandbox) -> DateTime<Utc> {
 /// Its id.
 pub fn id(s: &RunningSandbox) -> &str {
     s.config.as_ref().map_or(&s.sandbox_id, |c| &c.sandbox_id)
+}
+
+/// Whether a client's text can be the id of a sandbox: letters and digits, and not many.
+pub fn is_id(text: &str) -> bool {
+    !text.is_empty() && text.len() <= 64 && text.bytes().all(|b| b.is_ascii_alphanumeric())
 }
 
 /// `a=b&c=d`, percent-encoded within the parameter. The SDKs encode names and values, and then the

@@ -1,18 +1,21 @@
 //! Logs and figures of sandboxes and teams. The nodes keep them, for an hour or so.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{FromRequestParts, Path, State};
 use chrono::{DateTime, Utc};
 use http::StatusCode;
+use http::request::Parts;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::auth::Team;
 use crate::sandboxes::not_found;
-use crate::{Api, ApiError};
+use crate::{Api, ApiError, list};
 
 type Shared = State<Arc<Api>>;
 
@@ -49,11 +52,10 @@ pub struct TeamMetric {
 }
 
 /// A query string's parts, by name.
-struct Asked(Vec<(String, String)>);
+pub struct Asked(Vec<(String, String)>);
 
 impl Asked {
-    fn new(query: Option<String>) -> Self {
-        let query = query.unwrap_or_default();
+    fn new(query: &str) -> Self {
         Self(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
     }
 
@@ -89,6 +91,19 @@ impl Asked {
     }
 }
 
+impl<S: Send + Sync> FromRequestParts<S> for Asked {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        Ok(Self::new(parts.uri.query().unwrap_or_default()))
+    }
+}
+
+/// A number as it is asked of the node, if it is.
+fn text(n: Option<i64>) -> Option<String> {
+    n.map(|n| n.to_string())
+}
+
 /// A path and a query for the node; what is not asked for is left out.
 fn at_node(path: &str, query: &[(&str, Option<String>)]) -> String {
     let mut out = form_urlencoded::Serializer::for_suffix(format!("{path}?"), path.len() + 1);
@@ -101,52 +116,48 @@ fn at_node(path: &str, query: &[(&str, Option<String>)]) -> String {
 }
 
 impl Api {
-    /// Nothing is kept of it: is it one at all?
-    async fn check_known(&self, team: &Team, id: &str) -> Result<(), ApiError> {
-        if self.running(team, id).await?.is_some() || self.paused(team, id).await?.is_some() {
-            return Ok(());
+    /// What a node keeps of a team's sandbox. Where that is nothing, there has to be such a sandbox.
+    async fn kept_of<T: DeserializeOwned>(
+        &self,
+        team: &Team,
+        id: &str,
+        what: &str,
+        query: &[(&str, Option<String>)],
+        is_nothing: impl Fn(&T) -> bool,
+    ) -> Result<T, ApiError> {
+        // Nothing but an id gets into the path of a request to the node.
+        if !list::is_id(id) {
+            return Err(not_found(id));
         }
-        Err(not_found(id))
+        let mut all = vec![("teamID", Some(team.id.clone()))];
+        all.extend(query.iter().cloned());
+        let kept: T = self.nodes.get(&at_node(&format!("/v1/sandboxes/{id}/{what}"), &all)).await?;
+        if is_nothing(&kept)
+            && self.running(team, id).await?.is_none()
+            && self.paused(team, id).await?.is_none()
+        {
+            return Err(not_found(id));
+        }
+        Ok(kept)
     }
-}
-
-/// Ids are letters and digits: nothing else gets into the path of a request to the node.
-fn check_id(id: &str) -> Result<(), ApiError> {
-    let plain = !id.is_empty() && id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric());
-    if plain { Ok(()) } else { Err(not_found(id)) }
 }
 
 pub async fn metrics(
     State(api): Shared,
     team: Team,
     Path(id): Path<String>,
-    RawQuery(query): RawQuery,
+    asked: Asked,
 ) -> Result<Json<Vec<SandboxMetric>>, ApiError> {
-    check_id(&id)?;
-    let (start, end) = Asked::new(query).span()?;
-    let all: Vec<SandboxMetric> = api
-        .nodes
-        .get(&at_node(
-            &format!("/v1/sandboxes/{id}/metrics"),
-            &[
-                ("teamID", Some(team.id.clone())),
-                ("start", start.map(|n| n.to_string())),
-                ("end", end.map(|n| n.to_string())),
-            ],
-        ))
-        .await?;
-    if all.is_empty() {
-        api.check_known(&team, &id).await?;
-    }
-    Ok(Json(all))
+    let (start, end) = asked.span()?;
+    let query = [("start", text(start)), ("end", text(end))];
+    Ok(Json(api.kept_of(&team, &id, "metrics", &query, Vec::is_empty).await?))
 }
 
 pub async fn metrics_of_many(
     State(api): Shared,
     team: Team,
-    RawQuery(query): RawQuery,
+    asked: Asked,
 ) -> Result<Json<SandboxesWithMetrics>, ApiError> {
-    let asked = Asked::new(query);
     let ids = asked.0.iter().filter(|(name, _)| name == "sandbox_ids" || name == "sandbox_ids[]");
     let ids: Vec<&str> = ids.flat_map(|(_, ids)| ids.split(',')).filter(|id| !id.is_empty()).collect();
     if ids.is_empty() || ids.len() > MOST_SANDBOXES {
@@ -176,24 +187,15 @@ async fn logs_of(
     id: &str,
     query: &[(&str, Option<String>)],
 ) -> Result<Logs, ApiError> {
-    check_id(id)?;
-    let mut all = vec![("teamID", Some(team.id.clone()))];
-    all.extend(query.iter().cloned());
-    let logs: Logs = api.nodes.get(&at_node(&format!("/v1/sandboxes/{id}/logs"), &all)).await?;
-    if logs.log_entries.is_empty() {
-        api.check_known(team, id).await?;
-    }
-    Ok(logs)
+    api.kept_of(team, id, "logs", query, |logs: &Logs| logs.log_entries.is_empty()).await
 }
 
 pub async fn logs_v1(
     State(api): Shared,
     team: Team,
     Path(id): Path<String>,
-    RawQuery(query): RawQuery,
+    asked: Asked,
 ) -> Result<Json<Logs>, ApiError> {
-    let asked = Asked::new(query);
-    let text = |n: Option<i64>| n.map(|n| n.to_string());
     let query = [("start", text(asked.number("start")?)), ("limit", text(asked.number("limit")?))];
     Ok(Json(logs_of(&api, &team, &id, &query).await?))
 }
@@ -202,10 +204,8 @@ pub async fn logs_v2(
     State(api): Shared,
     team: Team,
     Path(id): Path<String>,
-    RawQuery(query): RawQuery,
+    asked: Asked,
 ) -> Result<Json<Value>, ApiError> {
-    let asked = Asked::new(query);
-    let text = |n: Option<i64>| n.map(|n| n.to_string());
     let direction = asked.one_of("direction", &["forward", "backward"])?.unwrap_or("forward");
     // A page goes on from the cursor, whichever way.
     let from = if direction == "forward" { "start" } else { "end" };
@@ -225,7 +225,6 @@ async fn of_team(api: &Api, team: &Team, id: &str, asked: &Asked) -> Result<Vec<
         return Err(ApiError::new(StatusCode::FORBIDDEN, "The API key is not of this team"));
     }
     let (start, end) = asked.span()?;
-    let text = |n: Option<i64>| n.map(|n| n.to_string());
     api.nodes
         .get(&at_node(&format!("/v1/teams/{id}/metrics"), &[("start", text(start)), ("end", text(end))]))
         .await
@@ -235,18 +234,17 @@ pub async fn team_metrics(
     State(api): Shared,
     team: Team,
     Path(id): Path<String>,
-    RawQuery(query): RawQuery,
+    asked: Asked,
 ) -> Result<Json<Vec<TeamMetric>>, ApiError> {
-    Ok(Json(of_team(&api, &team, &id, &Asked::new(query)).await?))
+    Ok(Json(of_team(&api, &team, &id, &asked).await?))
 }
 
 pub async fn team_metrics_max(
     State(api): Shared,
     team: Team,
     Path(id): Path<String>,
-    RawQuery(query): RawQuery,
+    asked: Asked,
 ) -> Result<Json<Value>, ApiError> {
-    let asked = Asked::new(query);
     let Some(metric) = asked.one_of("metric", &["concurrent_sandboxes", "sandbox_start_rate"])? else {
         return Err(ApiError::bad("metric is missing: concurrent_sandboxes or sandbox_start_rate"));
     };
@@ -266,7 +264,7 @@ mod tests {
 
     #[test]
     fn queries_are_checked() {
-        let asked = |q: &str| Asked::new(Some(q.to_owned()));
+        let asked = |q: &str| Asked::new(q);
         assert_eq!(asked("start=1&end=2").span().unwrap(), (Some(1), Some(2)));
         assert_eq!(asked("start=&x=1").span().unwrap(), (None, None));
         for bad in ["start=2&end=1", "start=x", "end=-1", "start=99999999999999999999"] {
@@ -278,9 +276,9 @@ mod tests {
 
     #[test]
     fn nothing_but_an_id_gets_into_a_path() {
-        assert!(check_id("iabc123").is_ok());
+        assert!(list::is_id("iabc123"));
         for bad in ["", "../metrics", "a/b", "a?b", "a%2f", "\u{e4}", &"a".repeat(65)] {
-            assert_eq!(check_id(bad).unwrap_err().status, 404, "{bad}");
+            assert!(!list::is_id(bad), "{bad}");
         }
         let query = [("teamID", Some("t&x=1 #".to_owned())), ("start", None)];
         assert_eq!(at_node("/v1/x", &query), "/v1/x?teamID=t%26x%3D1+%23");

@@ -78,13 +78,7 @@ impl EnvdClient {
     /// # Errors
     /// When there is no answer, or one that is no success.
     pub async fn health(&self, limit: Duration) -> Result<(), EnvdError> {
-        let what = "GET /health";
-        let once = async {
-            let stream = connect(&self.host).await.map_err(|e| self.refused(e))?;
-            self.call(stream, what, Method::GET, "/health", Bytes::new()).await
-        };
-        tokio::time::timeout(limit, once).await.unwrap_or_else(|_| Err(self.late(what, limit, None)))?;
-        Ok(())
+        self.once("GET /health", "/health", limit).await.map(|_| ())
     }
 
     /// Asks once for the guest's figures, and waits for them at most `limit`. They are the guest's word.
@@ -93,17 +87,26 @@ impl EnvdClient {
     /// When there is no answer, one that is no success, or one that is not what envd says.
     pub async fn metrics(&self, limit: Duration) -> Result<GuestMetrics, EnvdError> {
         let what = "GET /metrics";
-        let once = async {
-            let stream = connect(&self.host).await.map_err(|e| self.refused(e))?;
-            self.call(stream, what, Method::GET, "/metrics", Bytes::new()).await
-        };
-        let body =
-            tokio::time::timeout(limit, once).await.unwrap_or_else(|_| Err(self.late(what, limit, None)))?;
+        let body = self.once(what, "/metrics", limit).await?;
         serde_json::from_slice(&body).map_err(|e| EnvdError::Status {
             what: what.into(),
             status: 200,
             message: format!("which is not its figures: {e}"),
         })
+    }
+
+    /// One `GET`, without a second try.
+    async fn once(
+        &self,
+        what: &'static str,
+        path: &'static str,
+        limit: Duration,
+    ) -> Result<Bytes, EnvdError> {
+        let once = async {
+            let stream = connect(&self.host).await.map_err(|e| self.refused(e))?;
+            self.call(stream, what, Method::GET, path, Bytes::new()).await
+        };
+        tokio::time::timeout(limit, once).await.unwrap_or_else(|_| Err(self.late(what, limit, None)))
     }
 
     async fn until(
