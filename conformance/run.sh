@@ -8,6 +8,8 @@
 #                      in it once and stays there
 # PYTEST_ARGS          more arguments for pytest, e.g. "-k proxy -x"
 #
+# NIDUS_WRITE_TABLES   when set, docs/compatibility.md and docs/refusals.md are made of what the suites tried
+#
 # Afterwards the host is compared with what it was before: anything left behind is a failure.
 set -u
 
@@ -30,6 +32,7 @@ case " $suites " in *" js "*) node=$("$repo/scripts/node-env.sh") || exit 1 ;; e
 
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
+[ -n "${NIDUS_WRITE_TABLES:-}" ] && export NIDUS_REPORT_DIR="$results/tried"
 export PYTHONDONTWRITEBYTECODE=1 NIDUS_DATA_DIR="$NIDUS_TEST_DATA_DIR"
 "$repo/scripts/leakcheck.sh" snapshot "$results/host-before" || exit 1
 unset NIDUS_DATA_DIR
@@ -49,7 +52,7 @@ for suite in $suites; do
         sdk_suites="$sdk_suites (cd python && $venv/bin/pytest -q -p no:cacheprovider -n $workers --dist loadfile --junitxml=$results/python.xml ${PYTEST_ARGS:-});"
         ;;
     js)
-        sdk_suites="$sdk_suites (cd js && $node --test --test-concurrency=$workers --test-reporter=spec --test-reporter-destination=stdout --test-reporter=junit --test-reporter-destination=$results/js.xml *.test.js);"
+        sdk_suites="$sdk_suites (cd js && $node --import ./record.js --test --test-concurrency=$workers --test-reporter=spec --test-reporter-destination=stdout --test-reporter=junit --test-reporter-destination=$results/js.xml *.test.js);"
         ;;
     daemon) ;;
     *) fail "no suite is called $suite: python, js or daemon" ;;
@@ -82,6 +85,7 @@ esac
 
 echo
 check leaks env NIDUS_DATA_DIR="$NIDUS_TEST_DATA_DIR" "$repo/scripts/leakcheck.sh" compare "$results/host-before"
+[ -n "${NIDUS_WRITE_TABLES:-}" ] && "$venv/bin/python" -m support.tables "$results/tried"
 echo "took $(($(date +%s) - started)) s"
 # shellcheck disable=SC2086 # one argument per suite
 "$venv/bin/python" -m support.summary $files || status=1

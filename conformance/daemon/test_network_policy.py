@@ -19,6 +19,10 @@ BARRIER = 9
 NOTHING = set()
 
 HEADERS = {"good.test": [{"transform": {"headers": {"X-Secret": "s3cret", "Authorization": "Bearer real"}}}]}
+# The same, with values that only the node puts in.
+SECRETS = {"policy-secret": "s3cret", "policy-token": "real"}
+NAMED = {"good.test": [{"transform": {"headers": {
+    "X-Secret": "${e2b.secrets.policy-secret}", "Authorization": "Bearer ${e2b.secrets.Policy-Token}"}}}]}
 PROXY = {"address": f"{SOCKS}:1080", "username": "me", "password": "secret"}
 POLICIES = {
     "open": {},
@@ -30,6 +34,7 @@ POLICIES = {
         "deny_out": [ALL]}},
     "rules": {"network": {"allow_out": ["good.test"], "deny_out": [ALL], "rules": HEADERS}},
     "open-rules": {"network": {"rules": HEADERS}},
+    "secret-rules": {"network": {"rules": NAMED}},
     "proxy": {"network": {"egress_proxy": PROXY}},
     "proxy-names": {"network": {"allow_out": ["good.test"], "deny_out": [ALL], "egress_proxy": PROXY}},
     "proxy-dead": {"network": {"egress_proxy": {**PROXY, "address": f"{DEAD}:1080"}}},
@@ -210,6 +215,9 @@ ROWS = [
     row("open-rules", "the host of the rule", "https", GOOD, "good.test", verify=True, seen=GOOD_SEEN, arrives={GOOD}),
     row("open-rules", "the secret goes to its host only, HTTP", "http", EVIL, "good.test", seen=GOOD_SEEN, arrives={GOOD}),
     row("open-rules", "the Host of the rule at a private address", "http", PRIVATE[0], "good.test", seen=NO),
+    row("secret-rules", "a secret by its name", "http", GOOD, "good.test", seen=GOOD_SEEN, arrives={GOOD}),
+    row("secret-rules", "a secret by its name, TLS", "https", GOOD, "good.test", verify=True, seen=GOOD_SEEN, arrives={GOOD}),
+    row("secret-rules", "a secret goes to its host only", "https", EVIL, "evil.test", seen=EVIL_SEEN, arrives={EVIL}),
     # An upstream proxy.
     row("proxy", "TCP by the proxy", "tcp", GOOD, 7, seen="ok", arrives={SOCKS, f"socks {GOOD}:7"}),
     row("proxy", "TLS by the proxy", "https", GOOD, "good.test", seen=GOOD_SEEN, arrives={SOCKS, f"socks {GOOD}:443"}),
@@ -232,6 +240,9 @@ def guests(net_daemon):
 
     def guest(policy):
         if policy not in made:
+            if policy == "secret-rules":
+                for name, value in SECRETS.items():
+                    sandboxes.call(net_daemon, "POST", "/secrets", {"name": name, "value": value})
             made[policy] = sandboxes.create(net_daemon, **POLICIES.get(policy, {}))
             prepare(made[policy])
         return made[policy]
@@ -239,6 +250,8 @@ def guests(net_daemon):
     yield guest
     for sandbox in made.values():
         sandbox.kill(**sandboxes.options(net_daemon))
+    for name in SECRETS if "secret-rules" in made else ():
+        sandboxes.call(net_daemon, "DELETE", f"/secrets/{name}")
 
 
 @pytest.fixture(scope="module")

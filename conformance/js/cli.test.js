@@ -2,6 +2,7 @@
 import assert from 'node:assert/strict'
 import { execFile } from 'node:child_process'
 import { randomUUID } from 'node:crypto'
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -30,11 +31,23 @@ function run (command, args, input) {
   })
 }
 
+const commands = new Set()
+
 async function e2b (...args) {
   const { status, out } = await run(process.execPath, [program, ...args])
   assert.equal(status, 0, out)
+  commands.add(args.slice(0, 2).join(' '))
   return out
 }
+
+// For docs/compatibility.md (support/tables.py).
+process.on('exit', (code) => {
+  const folder = process.env.NIDUS_REPORT_DIR
+  if (!folder || code) return
+  const { version } = JSON.parse(readFileSync(new URL('node_modules/@e2b/cli/package.json', import.meta.url), 'utf8'))
+  mkdirSync(folder, { recursive: true })
+  writeFileSync(join(folder, 'cli.json'), JSON.stringify({ version, commands: [...commands] }))
+})
 
 const create = () => e2b('template', 'create', name, '--cmd', 'sleep 1000', '--ready-cmd', 'test -f /app/built', '--memory-mb', '512', '--cpu-count', '1')
 

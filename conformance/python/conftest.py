@@ -14,13 +14,19 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SANDBOX_SECONDS = 600
 
 
+pytest_plugins = ["support.methods"]
+
+# What `nidus env` prints.
+VARIABLES = ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY", "E2B_VOLUME_API_URL")
+
+
 def pytest_configure():
-    for name in ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY"):
+    for name in VARIABLES:
         if not os.environ.get(name):
             raise pytest.UsageError(f"{name} is not set: run conformance/run.sh, or `eval $(nidus env)`")
-    extra = [n for n in os.environ if n.startswith("E2B_") and n not in ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY")]
+    extra = [n for n in os.environ if n.startswith("E2B_") and n not in VARIABLES]
     if extra:
-        raise pytest.UsageError(f"only three E2B_ variables may be set, not {', '.join(extra)}")
+        raise pytest.UsageError(f"only the variables of `nidus env` may be set, not {', '.join(extra)}")
 
 
 def make_factory():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -71,6 +72,7 @@ class Daemon:
         self.log_path = log_path or Path(f"{self.data_dir}.log")
         self.process: subprocess.Popen | None = None
         self.key: str | None = None
+        self.admin_token = secrets.token_hex(16)
 
     @property
     def api_url(self) -> str:
@@ -93,17 +95,19 @@ class Daemon:
             NIDUS_API_ADDR=f"127.0.0.1:{self.api_port}",
             NIDUS_PROXY_ADDR=f"127.0.0.1:{self.proxy_port}",
             NIDUS_NODE_ADDR=self.node_addr,
+            NIDUS_ADMIN_TOKEN=self.admin_token,
             NO_COLOR="1",
         )
         env.update(self.extra_env)
         return env
 
     def sdk_env(self) -> dict[str, str]:
-        """The three variables that an SDK needs, and nothing else of ours."""
+        """The variables that an SDK needs, and nothing else of ours."""
         return {
             "E2B_API_URL": self.api_url,
             "E2B_SANDBOX_URL": self.sandbox_url,
             "E2B_API_KEY": self.key or self.create_key(),
+            "E2B_VOLUME_API_URL": self.api_url,
         }
 
     def spawn(self) -> subprocess.Popen:

@@ -1,7 +1,7 @@
 """Runs a command against a daemon of its own: `python -m support.with_daemon -- COMMAND...`
 
 Brings up `nidus serve` on the test data directory (building the base template at the first start,
-with its log shown meanwhile), makes a key, sets the three E2B_ variables, runs the command, and
+with its log shown meanwhile), makes a key, sets the E2B_ variables, runs the command, and
 ends the daemon. The exit code is the command's, or 1 when the daemon did not end with 0.
 """
 
@@ -57,7 +57,10 @@ def main() -> int:
     print(f"nidus is up at {daemon.api_url} (in {seconds:.1f} s)", file=sys.stderr)
     try:
         env = {k: v for k, v in os.environ.items() if not k.startswith("E2B_")}
-        env |= daemon.sdk_env()
+        env |= daemon.sdk_env() | {
+            "NIDUS_TEST_ADMIN_TOKEN": daemon.admin_token,
+            "NIDUS_TEST_DAEMON_PID": str(daemon.process.pid),
+        }
         if cleared := daemon.clear():
             print(f"killed {cleared} sandboxes that an earlier run had left", file=sys.stderr)
         code = subprocess.run(command, env=env).returncode

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "orchestrator.proto",
     "template-manager.proto",
     "info.proto",
     "chunks.proto",
     "garbage.proto",
     "proxy.proto",
+    "volume.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,8 +1,9 @@
 //! The public REST API: what SDKs and the command line call.
 //!
-//! Keys, templates and paused sandboxes are kept in SQLite. Running ones are not: the nodes know
+//! Teams, their keys and secrets, templates and paused sandboxes are kept in SQLite. Running ones are not: the nodes know
 //! them, so that the API can end and start again without losing one.
 
+mod admin;
 mod auth;
 mod auto_resume;
 mod build;
@@ -11,18 +12,25 @@ mod error;
 mod expiry;
 mod garbage;
 mod input;
+mod keys;
+mod limit;
 mod list;
+mod master_key;
 mod model;
 mod network;
 mod nodes;
 mod observe;
+mod openapi;
 mod pause;
+mod rate;
 mod sandboxes;
+mod secrets;
 mod server;
 mod store;
 mod tags;
 mod template_builds;
 mod templates;
+mod volumes;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -31,9 +39,10 @@ use std::time::Duration;
 pub use build::TemplateSpec;
 pub use error::ApiError;
 pub use garbage::{DEFAULT_GRACE, GarbageEntry, GarbageReport};
+pub use master_key::{KeyError, MasterKey};
 pub use nodes::{Nodes, VMM_LABEL};
 pub use server::serve;
-pub use store::{ApiKey, NewKey, Store, StoreError};
+pub use store::{ApiKey, NewKey, Store, StoreError, TeamRow};
 use tokio::sync::Notify;
 
 /// Settings of the API.
@@ -45,14 +54,24 @@ pub struct ApiConfig {
     pub default_timeout: Duration,
     /// Longest time that may be asked for.
     pub max_timeout: Duration,
+    /// What nodes and all teams are managed with; none where nobody may.
+    pub admin_token: Option<String>,
+    /// Requests a second of a team, for a while twice as many; 0 is without a limit.
+    pub request_rate: u32,
+    /// Seals secrets, and signs the tokens of volumes.
+    pub master_key: MasterKey,
 }
 
-impl Default for ApiConfig {
-    fn default() -> Self {
+impl ApiConfig {
+    /// With this key, and the defaults for all else.
+    pub fn new(master_key: MasterKey) -> Self {
         Self {
             domain: None,
             default_timeout: Duration::from_secs(300),
             max_timeout: Duration::from_secs(24 * 3600),
+            admin_token: None,
+            request_rate: 0,
+            master_key,
         }
     }
 }
@@ -64,6 +83,8 @@ pub struct Api {
     pub(crate) nodes: Nodes,
     pub(crate) turns: pause::Turns,
     pub(crate) in_hand: checkpoint::InHand,
+    pub(crate) rates: rate::Rates,
+    pub(crate) starting: limit::Starting,
     ready: AtomicBool,
     /// Told when a template has a new build.
     built: Notify,
@@ -73,6 +94,8 @@ impl Api {
     /// Not ready until [`Api::set_ready`] says so.
     pub fn new(config: ApiConfig, store: Store, nodes: Nodes) -> Arc<Self> {
         Arc::new(Self {
+            rates: rate::Rates::new(config.request_rate),
+            starting: Default::default(),
             config,
             store,
             nodes,

@@ -24,7 +24,6 @@ pub struct NewSandbox {
     pub network: Option<Network>,
     pub metadata: Option<HashMap<String, String>>,
     pub env_vars: Option<HashMap<String, String>>,
-    pub mcp: Option<Value>,
     pub iam: Option<Value>,
     pub volume_mounts: Option<Vec<Value>>,
 }

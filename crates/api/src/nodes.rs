@@ -12,7 +12,11 @@ use nidus_proto::node::garbage_service_client::GarbageServiceClient;
 use nidus_proto::node::info_service_client::InfoServiceClient;
 use nidus_proto::node::sandbox_service_client::SandboxServiceClient;
 use nidus_proto::node::template_service_client::TemplateServiceClient;
-use nidus_proto::node::{RunningSandbox, ServiceInfoStatus};
+use nidus_proto::node::volume_service_client::VolumeServiceClient;
+use nidus_proto::node::{
+    RunningSandbox, SandboxCreateRequest, SandboxCreateResponse, ServiceInfoResponse, ServiceInfoStatus,
+    ServiceStatusChangeRequest,
+};
 use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint};
 
@@ -34,6 +38,15 @@ pub struct Nodes {
     url: String,
     client: Client<HttpConnector, Body>,
     said: Arc<Mutex<Option<Said>>>,
+    created: Arc<Mutex<Created>>,
+}
+
+/// What has become of creations since this API was started.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Created {
+    pub done: u64,
+    pub failed: u64,
+    pub under_way: u64,
 }
 
 /// What the node said of itself.
@@ -57,7 +70,8 @@ impl Nodes {
             .http2_keep_alive_interval(Duration::from_secs(20));
         let client = Client::builder(TokioExecutor::new()).build_http();
         let url = format!("http://{address}");
-        Ok(Self { channel: endpoint.connect_lazy(), url, client, said: Default::default() })
+        let channel = endpoint.connect_lazy();
+        Ok(Self { channel, url, client, said: Default::default(), created: Default::default() })
     }
 
     /// URL of the node's HTTP.
@@ -81,6 +95,52 @@ impl Nodes {
 
     pub(crate) fn garbage(&self) -> GarbageServiceClient<Channel> {
         GarbageServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
+    }
+
+    pub(crate) fn volumes(&self) -> VolumeServiceClient<Channel> {
+        // A directory of a volume may have many entries.
+        VolumeServiceClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
+    }
+
+    /// What the node says of itself.
+    pub(crate) async fn info(&self) -> Result<ServiceInfoResponse, ApiError> {
+        Ok(InfoServiceClient::new(self.channel.clone()).service_info(()).await?.into_inner())
+    }
+
+    pub(crate) async fn set_status(&self, status: ServiceStatusChangeRequest) -> Result<(), ApiError> {
+        InfoServiceClient::new(self.channel.clone()).service_status_override(status).await?;
+        Ok(())
+    }
+
+    /// Has the node create or resume a sandbox, and counts what becomes of it.
+    pub(crate) async fn create(
+        &self,
+        request: SandboxCreateRequest,
+    ) -> Result<SandboxCreateResponse, ApiError> {
+        /// Counts a creation whose client has gone, too.
+        struct UnderWay<'a>(&'a Mutex<Created>);
+        impl Drop for UnderWay<'_> {
+            fn drop(&mut self) {
+                self.0.lock().under_way -= 1;
+            }
+        }
+        self.created.lock().under_way += 1;
+        let _under_way = UnderWay(&self.created);
+        let made = self.sandboxes().create(request).await;
+        match made {
+            Ok(made) => {
+                self.created.lock().done += 1;
+                Ok(made.into_inner())
+            }
+            Err(e) => {
+                self.created.lock().failed += 1;
+                Err(e.into())
+            }
+        }
+    }
+
+    pub(crate) fn created(&self) -> Created {
+        *self.created.lock()
     }
 
     pub(crate) async fn is_healthy(&self) -> bool {

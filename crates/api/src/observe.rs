@@ -59,11 +59,11 @@ impl Asked {
         Self(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
     }
 
-    fn text(&self, name: &str) -> Option<&str> {
+    pub fn text(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(n, v)| n == name && !v.is_empty()).map(|(_, v)| v.as_str())
     }
 
-    fn number(&self, name: &str) -> Result<Option<i64>, ApiError> {
+    pub fn number(&self, name: &str) -> Result<Option<i64>, ApiError> {
         let Some(text) = self.text(name) else { return Ok(None) };
         match text.parse() {
             Ok(n) if n >= 0 => Ok(Some(n)),
@@ -71,7 +71,7 @@ impl Asked {
         }
     }
 
-    fn one_of(&self, name: &str, all: &[&'static str]) -> Result<Option<&'static str>, ApiError> {
+    pub fn one_of(&self, name: &str, all: &[&'static str]) -> Result<Option<&'static str>, ApiError> {
         let Some(text) = self.text(name) else { return Ok(None) };
         let found = all.iter().find(|a| a.eq_ignore_ascii_case(text));
         let bad =

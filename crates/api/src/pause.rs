@@ -156,17 +156,22 @@ impl Api {
         self.start_sandbox(config, length, reboot).await
     }
 
+    /// Ends one that runs, for this reason; false when it does not run.
+    pub(crate) async fn end(&self, id: &str, reason: &str) -> Result<bool, ApiError> {
+        let request =
+            SandboxDeleteRequest { sandbox_id: id.to_owned(), kill_reason: Some(reason.to_owned()) };
+        match self.nodes.sandboxes().delete(request).await {
+            Ok(_) => Ok(true),
+            Err(s) if s.code() == Code::NotFound => Ok(false),
+            Err(s) => Err(s.into()),
+        }
+    }
+
     /// Ends it if it runs, and deletes its pauses.
     async fn remove(&self, team: &Team, id: &str) -> Result<(), ApiError> {
         let mut found = false;
         if self.running(team, id).await?.is_some() {
-            let reason = Some("killed by request".to_owned());
-            let request = SandboxDeleteRequest { sandbox_id: id.to_owned(), kill_reason: reason };
-            match self.nodes.sandboxes().delete(request).await {
-                Ok(_) => found = true,
-                Err(s) if s.code() == Code::NotFound => {}
-                Err(s) => return Err(s.into()),
-            }
+            found = self.end(id, "killed by request").await?;
         }
         // The newest first: it reads the older ones.
         for s in self.store.snapshots_of(&team.id, id).await? {

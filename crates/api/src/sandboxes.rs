@@ -227,14 +227,19 @@ impl Api {
         length: TimeDelta,
         reboot: bool,
     ) -> Result<Sandbox, ApiError> {
+        let _place = self.place(&config.team_id, &config.sandbox_id).await?;
+        let mut filled = config.clone();
+        if let Some(egress) = filled.network.as_mut().and_then(|n| n.egress.as_mut()) {
+            self.fill_secrets(&config.team_id, egress).await?;
+        }
         let now = Utc::now();
         let request = SandboxCreateRequest {
-            sandbox: Some(config.clone()),
+            sandbox: Some(filled),
             start_time: Some(timestamp(now)),
             end_time: Some(timestamp(now + length)),
             filesystem_boot: reboot.then_some(true),
         };
-        let made = self.nodes.sandboxes().create(request).await?.into_inner();
+        let made = self.nodes.create(request).await?;
         let running =
             RunningSandbox { config: Some(config), client_id: made.client_id, ..Default::default() };
         Ok(self.answer(&running))
@@ -251,13 +256,12 @@ impl Api {
     }
 }
 
-/// Better refused than silently left out.
+/// Better refused than silently left out. (`mcp` is for the SDK: it starts the gateway that the template brings.)
 fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
     let asked = |v: &Option<serde_json::Value>| {
         v.as_ref().is_some_and(|v| !v.is_null() && v.as_object().is_none_or(|o| !o.is_empty()))
     };
     for (is, what) in [
-        (asked(&new.mcp), "mcp"),
         (asked(&new.iam), "iam"),
         (new.volume_mounts.as_ref().is_some_and(|v| !v.is_empty()), "volumeMounts"),
     ] {

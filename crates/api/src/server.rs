@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
-use axum::routing::{any, get, post, put};
+use axum::routing::{delete, get, patch, post, put};
 use http::StatusCode;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -17,8 +17,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::auth::Team;
 use crate::{
-    Api, ApiError, checkpoint, expiry, garbage, network, observe, pause, sandboxes, tags, template_builds,
-    templates,
+    Api, ApiError, admin, checkpoint, expiry, garbage, keys, network, observe, openapi, pause, sandboxes,
+    secrets, tags, template_builds, templates, volumes,
 };
 
 const MAX_BODY_BYTES: usize = 1 << 20;
@@ -43,10 +43,6 @@ async fn teams(team: Team) -> axum::Json<serde_json::Value> {
     axum::Json(serde_json::json!([{ "teamID": team.id, "name": team.name, "apiKey": "", "isDefault": true }]))
 }
 
-async fn not_yet(_team: Team, uri: http::Uri) -> ApiError {
-    ApiError::not_yet(uri.path())
-}
-
 async fn nothing_there(uri: http::Uri) -> ApiError {
     let path: String = uri.path().chars().take(100).collect();
     ApiError::not_found(format!("There is no {path}"))
@@ -57,8 +53,9 @@ async fn wrong_method(method: http::Method, uri: http::Uri) -> ApiError {
 }
 
 fn router(api: Arc<Api>) -> Router {
-    let mut router = Router::new()
+    Router::new()
         .route("/health", get(health))
+        .route("/openapi.json", get(openapi::document))
         .route("/teams", get(teams))
         .route("/sandboxes", get(sandboxes::list_v1).post(sandboxes::create_v1))
         .route("/v2/sandboxes", get(sandboxes::list_v2).post(sandboxes::create_v2))
@@ -98,18 +95,36 @@ fn router(api: Arc<Api>) -> Router {
         .route("/templates/{id}/tags", get(tags::list))
         .route("/templates/{id}/tags/count", get(tags::count))
         .route("/templates/{id}/tags/exists", get(tags::exists))
+        .route("/templates/{id}/tags/groups", get(tags::groups))
+        .route("/templates/{id}/tags/{tag}/assignments", get(tags::assignments))
+        .route("/default-templates", get(templates::defaults))
         .route("/admin/layers/prune", post(template_builds::prune))
         .route("/templates/aliases/{alias}", get(templates::alias))
         .route("/v2/templates/{id}/builds/{build}", post(template_builds::start_build))
         .route("/templates/{id}/builds/{build}/status", get(templates::build_status))
-        .route("/templates/{id}/builds/{build}/logs", get(templates::build_logs));
-    // Parts of the contract that are to come: said so, and not as if they were nowhere.
-    for path in
-        ["/volumes", "/volumes/{id}", "/secrets", "/secrets/{id}", "/api-keys", "/access-tokens", "/nodes"]
-    {
-        router = router.route(path, any(not_yet));
-    }
-    router
+        .route("/templates/{id}/builds/{build}/logs", get(templates::build_logs))
+        .route("/api-keys", get(keys::list).post(keys::create))
+        .route("/api-keys/{id}", patch(keys::rename).delete(keys::delete))
+        .route("/access-tokens", post(keys::create_token))
+        .route("/access-tokens/{id}", delete(keys::delete_token))
+        .route("/secrets", get(secrets::list).post(secrets::create))
+        .route("/secrets/{id}", get(secrets::detail).post(secrets::update).delete(secrets::delete))
+        .route("/volumes", get(volumes::list).post(volumes::create))
+        .route("/volumes/{id}", get(volumes::detail).delete(volumes::delete))
+        .route("/volumecontent/{id}/path", get(volumes::stat).patch(volumes::update).delete(volumes::remove))
+        .route("/volumecontent/{id}/dir", get(volumes::list_dir).post(volumes::make_dir))
+        // The node has a limit of its own.
+        .route(
+            "/volumecontent/{id}/file",
+            get(volumes::get_file).put(volumes::put_file).layer(DefaultBodyLimit::disable()),
+        )
+        .route("/nodes", get(admin::nodes))
+        .route("/nodes/{id}", get(admin::node).post(admin::set_status))
+        .route("/admin/sandboxes/running-counts", get(admin::running_counts))
+        .route("/admin/teams/{team}/sandboxes/kill", post(admin::kill_all))
+        .route("/admin/teams/{team}/builds/cancel", post(admin::cancel_builds))
+        .route("/admin/teams/{team}/api-keys", post(keys::admin_create))
+        .route("/admin/teams/{team}/api-keys/{key}", delete(keys::admin_delete))
         .fallback(nothing_there)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))

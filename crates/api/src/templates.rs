@@ -104,10 +104,28 @@ impl Api {
     }
 }
 
-pub async fn list(State(api): Shared, team: Team) -> Result<Json<Vec<Value>>, ApiError> {
+pub async fn list(
+    State(api): Shared,
+    team: Team,
+    asked: crate::observe::Asked,
+) -> Result<Json<Vec<Value>>, ApiError> {
+    if asked.text("teamID").is_some_and(|id| id != team.id) {
+        return Err(ApiError::new(StatusCode::FORBIDDEN, "The API key is not one of the team in teamID"));
+    }
     let mut all = Vec::new();
     for t in api.store.templates(&team.id).await? {
         all.push(template_json(&t, &api.store.builds(&t.id).await?));
+    }
+    Ok(Json(all))
+}
+
+/// The templates that all teams have.
+pub async fn defaults(State(api): Shared, team: Team) -> Result<Json<Vec<Value>>, ApiError> {
+    let mut all = Vec::new();
+    for t in api.store.templates(&team.id).await?.iter().filter(|t| t.public) {
+        let mut json = template_json(t, &api.store.builds(&t.id).await?);
+        json["isDefault"] = json!(true);
+        all.push(json);
     }
     Ok(Json(all))
 }

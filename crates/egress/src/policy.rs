@@ -84,6 +84,9 @@ impl Default for EgressConfig {
 /// What is wrong with a policy.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PolicyError {
+    /// A header names a secret whose value was not given.
+    #[error("a header in the rules names a secret that is not known")]
+    Secret,
     /// An entry that is neither an IPv4 address nor a CIDR.
     #[error("{list} entry `{entry}` is not an IPv4 address or CIDR")]
     Cidr {

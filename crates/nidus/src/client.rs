@@ -137,7 +137,8 @@ pub async fn own_key(config: &Config) -> anyhow::Result<String> {
             return Ok(key.to_owned());
         }
     }
-    let new = store(config).await?.create_key(KEY_NAME).await?;
+    let store = store(config).await?;
+    let new = store.create_key(&store.default_team().await?, KEY_NAME).await?;
     let mut file = std::fs::File::options()
         .create(true)
         .write(true)

@@ -109,6 +109,11 @@ pub struct Config {
     /// Whether machines that are kept ready run their template's ready command before they are used, so that the
     /// first request to what the template started is as fast as later ones.
     pub rehearse: bool,
+    /// What nodes and all teams are managed with, in `X-Admin-Token`; nobody may where there is none.
+    #[serde(skip_serializing)]
+    pub admin_token: Option<String>,
+    /// Requests a second that a team may make of the API, and twice as many for a moment; 0 is without a limit.
+    pub request_rate: u32,
     /// Seconds between two looks at the processor, memory and disk figures of each sandbox; 0 turns them off.
     pub metrics_interval_s: u64,
     /// How long a template stays open after its last use, in seconds.
@@ -226,6 +231,8 @@ impl Default for Config {
             warm: 4,
             rehearse: true,
             // Longer than a sandbox may live.
+            admin_token: None,
+            request_rate: 200,
             metrics_interval_s: 5,
             template_ttl_s: 25 * 3600,
             pinned_templates: None,

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use command::{env, fetch, gc, key, sandbox, template};
+use command::{env, fetch, gc, key, sandbox, team, template};
 use config::Config;
 use output::Output;
 
@@ -48,7 +48,10 @@ enum Command {
     /// Make, list and delete API keys
     #[command(subcommand)]
     Key(key::Key),
-    /// Print the three variables that an SDK needs: eval "$(nidus env)"
+    /// Make, list, limit and block teams
+    #[command(subcommand)]
+    Team(team::Team),
+    /// Print the variables that an SDK needs: eval "$(nidus env)"
     Env,
     /// Create, list, use and kill sandboxes
     #[command(subcommand)]
@@ -106,6 +109,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             Command::Serve { .. } => serve::run(&config).await.map(|()| ExitCode::SUCCESS),
             Command::Doctor => doctor::run(&config, out).await,
             Command::Key(c) => key::run(c, &config, out).await,
+            Command::Team(c) => team::run(c, &config, out).await,
             Command::Env => env::run(&config, out).await,
             Command::Sandbox(c) => sandbox::run(c, &config, out).await,
             Command::Template(c) => template::run(c, &config, out).await,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use nidus_api::{Api, ApiConfig, Nodes, Store, TemplateSpec, VMM_LABEL};
+use nidus_api::{Api, ApiConfig, MasterKey, Nodes, Store, TemplateSpec, VMM_LABEL};
 use nidus_build::{Pipeline, PipelineConfig};
 use nidus_egress::Gateway;
 use nidus_network::{NetworkConfig, Pool, TapMode};
@@ -22,6 +22,7 @@ use nidus_telemetry::{
 use nidus_template::{BuildConfig, Builder, VmHost};
 use nidus_vmm::DriverId;
 use nidus_vmm::cgroup::CgroupRoot;
+use nidus_volume::Volumes;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -181,6 +182,7 @@ impl Parts {
         for event in &lost {
             events.emit(event);
         }
+        let volumes = open_volumes(dir)?;
         let gateway = Gateway::new(config.gateway()?)?;
         let stored = NodeBuilds::open(config).await?;
         let store = stored.builds.clone();
@@ -251,6 +253,7 @@ impl Parts {
             }
         };
         let catalog = InProcessCatalog::new();
+        let volumes = Arc::new(volumes);
         let node = NodeConfig {
             node_id: node_id(config)?,
             labels: labels(config, &id),
@@ -274,6 +277,7 @@ impl Parts {
             catalog.clone(),
             Arc::new(events),
             NetworkParts { gateway, logs, kept_logs },
+            volumes,
         );
         Ok(Self {
             _run: run,
@@ -300,8 +304,13 @@ impl Parts {
     ) -> anyhow::Result<()> {
         let store = Store::open(&database(config)).await?;
         let nodes = Nodes::connect_lazy(config.node_addr)?;
-        let domain = config.domain.clone();
-        let api = Api::new(ApiConfig { domain, ..ApiConfig::default() }, store.clone(), nodes);
+        let api = ApiConfig {
+            domain: config.domain.clone(),
+            admin_token: config.admin_token.clone(),
+            request_rate: config.request_rate,
+            ..ApiConfig::new(MasterKey::open(&config.data_dir.join("master.key"))?)
+        };
+        let api = Api::new(api, store.clone(), nodes);
         // Each service its own stop, so that they end one after the other.
         let (node_stop, api_stop, proxy_stop) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
@@ -415,6 +424,14 @@ impl Parts {
         cgroups.remove();
         stored.release().await;
     }
+}
+
+/// The directory of volumes, without what deletions that were cut off have left.
+fn open_volumes(dir: &Path) -> anyhow::Result<Volumes> {
+    let path = dir.join("volumes");
+    let volumes = Volumes::open(path.clone(), nidus_volume::Limits::default());
+    let volumes = volumes.and_then(|v| v.reclaim().map(|()| v));
+    volumes.with_context(|| format!("Cannot use the directory of volumes {}", path.display()))
 }
 
 /// The configured labels and the one that says which snapshots can be loaded here.

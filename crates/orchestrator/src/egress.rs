@@ -19,6 +19,31 @@ pub struct NetworkParts {
     pub kept_logs: Arc<MemoryLogs>,
 }
 
+/// A header's value with the secrets in their place.
+fn filled(value: &str, secrets: &HashMap<String, String>) -> Result<String, PolicyError> {
+    const FRONT: &str = "${e2b.secrets.";
+    let mut parts = value.split(FRONT);
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let known = part.split_once('}').and_then(|(name, rest)| Some((secrets.get(name)?, rest)));
+        let (secret, rest) = known.ok_or(PolicyError::Secret)?;
+        out.push_str(secret);
+        out.push_str(rest);
+    }
+    Ok(out)
+}
+
+/// The rules that a policy is made of: the ones asked for, with their secrets in place.
+fn with_secrets(egress: &SandboxNetworkEgressConfig) -> Result<SandboxNetworkEgressConfig, PolicyError> {
+    let mut egress = egress.clone();
+    let secrets = std::mem::take(&mut egress.secrets);
+    let rules = egress.rules.values_mut().flat_map(|r| &mut r.rules);
+    for value in rules.filter_map(|r| r.transform.as_mut()).flat_map(|t| t.headers.values_mut()) {
+        *value = filled(value, &secrets)?;
+    }
+    Ok(egress)
+}
+
 fn plain(egress: &SandboxNetworkEgressConfig, allow_internet: bool) -> EgressConfig {
     let e = egress.clone();
     let headers = |rules: nidus_proto::node::SandboxNetworkDomainRules| {
@@ -50,7 +75,7 @@ impl NetworkParts {
         allow_internet: bool,
     ) -> Result<Policy, PolicyError> {
         let none = SandboxNetworkEgressConfig::default();
-        let config = plain(egress.unwrap_or(&none), allow_internet);
+        let config = plain(&with_secrets(egress.unwrap_or(&none))?, allow_internet);
         let policy = Policy::parse(&config, self.gateway.allowed_private())?;
         self.gateway.admit(&policy).await?;
         Ok(policy)
@@ -67,5 +92,34 @@ impl NetworkParts {
             execution_id: config.execution_id.clone(),
         };
         Ok(NetworkSpec { policy, hyperloop: Hyperloop::new(origin, self.logs.clone(), Limits::default()) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nidus_proto::node::{SandboxNetworkDomainRules, SandboxNetworkRule, SandboxNetworkTransform};
+
+    use super::*;
+
+    #[test]
+    fn secrets_are_put_in_place_and_missing_ones_refused() {
+        let secrets = HashMap::from([
+            ("a".to_owned(), "1".to_owned()),
+            ("b".to_owned(), "${e2b.secrets.a}".to_owned()),
+        ]);
+        assert_eq!(filled("Bearer ${e2b.secrets.a}!", &secrets).unwrap(), "Bearer 1!");
+        assert_eq!(filled("plain", &secrets).unwrap(), "plain");
+        // A value is not looked at again.
+        assert_eq!(filled("${e2b.secrets.b}", &secrets).unwrap(), "${e2b.secrets.a}");
+        for bad in ["${e2b.secrets.c}", "${e2b.secrets.a"] {
+            assert!(matches!(filled(bad, &secrets), Err(PolicyError::Secret)));
+        }
+        let headers = HashMap::from([("x".to_owned(), "${e2b.secrets.a}".to_owned())]);
+        let rule = SandboxNetworkRule { transform: Some(SandboxNetworkTransform { headers }) };
+        let rules = HashMap::from([("h".to_owned(), SandboxNetworkDomainRules { rules: vec![rule] })]);
+        let asked = SandboxNetworkEgressConfig { rules, secrets, ..Default::default() };
+        let used = with_secrets(&asked).unwrap();
+        assert_eq!(used.rules["h"].rules[0].transform.as_ref().unwrap().headers["x"], "1");
+        assert!(used.secrets.is_empty());
     }
 }

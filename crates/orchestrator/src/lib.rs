@@ -20,6 +20,7 @@ mod sandbox_service;
 mod save;
 mod server;
 mod template_service;
+mod volume_service;
 
 pub use egress::NetworkParts;
 pub use garbage::{collect, keep_layers};

@@ -88,9 +88,14 @@ impl Sandboxes {
     }
 
     /// Has its owner put another egress policy in force.
-    async fn update_egress(&self, entry: &Entry, config: SandboxNetworkEgressConfig) -> Result<(), Status> {
+    async fn update_egress(
+        &self,
+        entry: &Entry,
+        mut config: SandboxNetworkEgressConfig,
+    ) -> Result<(), Status> {
         let id = &entry.config.sandbox_id;
         let policy = self.0.network.policy(Some(&config), true).await.map_err(|e| bad(e.to_string()))?;
+        config.secrets.clear();
         let (done, answer) = oneshot::channel();
         let request = EgressRequest { policy, config: Box::new(config), done };
         entry.updates.send(request).await.map_err(|_| not_found(id))?;
@@ -141,6 +146,10 @@ impl SandboxService for Sandboxes {
             config.execution_id = uuid::Uuid::new_v4().to_string();
         }
         let network = self.0.network.of(&config).await.map_err(|e| bad(e.to_string()))?;
+        // The policy has them, and nobody is told them.
+        if let Some(egress) = config.network.as_mut().and_then(|n| n.egress.as_mut()) {
+            egress.secrets.clear();
+        }
         let spec = SandboxSpec {
             sandbox_id: config.sandbox_id.clone(),
             execution_id: config.execution_id.clone(),

@@ -18,6 +18,7 @@ use nidus_proto::node::garbage_service_server::GarbageServiceServer;
 use nidus_proto::node::info_service_server::InfoServiceServer;
 use nidus_proto::node::sandbox_service_server::SandboxServiceServer;
 use nidus_proto::node::template_service_server::TemplateServiceServer;
+use nidus_proto::node::volume_service_server::VolumeServiceServer;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -27,6 +28,7 @@ use crate::garbage::GarbageOf;
 use crate::info::Info;
 use crate::sandbox_service::Sandboxes;
 use crate::template_service::Templates;
+use crate::volume_service::VolumesOf;
 use crate::{Node, edge, metrics};
 
 /// Requests in flight get this long when the node ends.
@@ -82,11 +84,13 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, stop: CancellationTok
     reporter.set_serving::<SandboxServiceServer<Sandboxes>>().await;
     reporter.set_serving::<TemplateServiceServer<Templates>>().await;
     reporter.set_serving::<ChunkServiceServer<Chunks>>().await;
+    reporter.set_serving::<VolumeServiceServer<VolumesOf>>().await;
     let router = Routes::new(SandboxServiceServer::new(Sandboxes(node.clone())))
         .add_service(TemplateServiceServer::new(Templates(node.clone())))
         .add_service(GarbageServiceServer::new(GarbageOf(node.clone())))
         .add_service(InfoServiceServer::new(Info(node.clone())))
         .add_service(ChunkServiceServer::new(Chunks(node.factory.store().clone())))
+        .add_service(VolumeServiceServer::new(VolumesOf(node.volumes.clone())))
         .add_service(grpc_health)
         .into_axum_router()
         .merge(

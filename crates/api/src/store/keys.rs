@@ -1,4 +1,4 @@
-//! API keys.
+//! API keys and access tokens.
 
 use chrono::{DateTime, Utc};
 use sha2::{Digest, Sha256};
@@ -6,20 +6,27 @@ use sqlx::Row;
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
+use super::teams::{TEAM, TeamRow, team};
 use super::{Store, StoreError, now, sql, time};
 
 /// Form that older SDKs insist on: this and 40 hexadecimal digits.
 const PREFIX: &str = "e2b_";
+/// And the one of access tokens.
+const TOKEN_PREFIX: &str = "sk_e2b_";
 /// `last_used` is not written more often than this.
 const USED_STEP_MS: i64 = 60_000;
 
-/// A key at the only time that it is seen.
+/// A key, or an access token, at the only time that it is seen.
 #[derive(Debug, Clone)]
 pub struct NewKey {
     /// Id, for lists and deletion.
     pub id: Uuid,
     /// The key.
     pub key: String,
+    /// Its first and last characters.
+    pub mask: String,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
 }
 
 /// A key as it is kept.
@@ -27,6 +34,8 @@ pub struct NewKey {
 pub struct ApiKey {
     /// Id.
     pub id: Uuid,
+    /// The team that it acts for.
+    pub team_id: String,
     /// What it is called.
     pub name: String,
     /// Its first and last characters.
@@ -41,36 +50,115 @@ fn hash(key: &str) -> Vec<u8> {
     Sha256::digest(key.as_bytes()).to_vec()
 }
 
+/// A new key of this form.
+fn new_key(prefix: &str) -> Result<NewKey, StoreError> {
+    let mut bytes = [0u8; 20];
+    getrandom::fill(&mut bytes).map_err(|e| StoreError::Random(e.to_string()))?;
+    let digits: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    Ok(NewKey {
+        id: Uuid::new_v4(),
+        key: format!("{prefix}{digits}"),
+        mask: format!("{prefix}{}...{}", &digits[..4], &digits[36..]),
+        created_at: time(now()),
+    })
+}
+
 impl Store {
-    /// Makes a key of the default team.
-    pub async fn create_key(&self, name: &str) -> Result<NewKey, StoreError> {
-        let mut bytes = [0u8; 20];
-        getrandom::fill(&mut bytes).map_err(|e| StoreError::Random(e.to_string()))?;
-        let digits: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-        let new = NewKey { id: Uuid::new_v4(), key: format!("{PREFIX}{digits}") };
+    /// Makes a key of a team.
+    pub async fn create_key(&self, team: &str, name: &str) -> Result<NewKey, StoreError> {
+        let new = new_key(PREFIX)?;
         sqlx::query(
             "INSERT INTO api_keys (id, team_id, name, hash, mask, created_at) VALUES (?, ?, ?, ?, ?, ?)",
         )
         .bind(new.id.to_string())
-        .bind(self.default_team().await?)
+        .bind(team)
         .bind(name)
         .bind(hash(&new.key))
-        .bind(format!("{PREFIX}{}...{}", &digits[..4], &digits[36..]))
-        .bind(now())
+        .bind(&new.mask)
+        .bind(new.created_at.timestamp_millis())
         .execute(&self.pool)
         .await
         .map_err(sql("add a key"))?;
         Ok(new)
     }
 
+    /// Makes an access token of a team: it manages the team's keys.
+    pub async fn create_token(&self, team: &str, name: &str) -> Result<NewKey, StoreError> {
+        let new = new_key(TOKEN_PREFIX)?;
+        sqlx::query(
+            "INSERT INTO access_tokens (id, team_id, name, hash, mask, created_at) VALUES (?, ?, ?, ?, ?, ?)",
+        )
+        .bind(new.id.to_string())
+        .bind(team)
+        .bind(name)
+        .bind(hash(&new.key))
+        .bind(&new.mask)
+        .bind(new.created_at.timestamp_millis())
+        .execute(&self.pool)
+        .await
+        .map_err(sql("add an access token"))?;
+        Ok(new)
+    }
+
+    /// Deletes an access token of a team; false when it has none of this id.
+    pub async fn delete_token(&self, team: &str, id: Uuid) -> Result<bool, StoreError> {
+        sqlx::query("DELETE FROM access_tokens WHERE id = ? AND team_id = ?")
+            .bind(id.to_string())
+            .bind(team)
+            .execute(&self.pool)
+            .await
+            .map(|r| r.rows_affected() > 0)
+            .map_err(sql("delete an access token"))
+    }
+
+    /// The team that an access token manages.
+    pub(crate) async fn team_of_token(&self, token: &str) -> Result<Option<TeamRow>, StoreError> {
+        let wrap = sql("look an access token up");
+        let wanted = hash(token);
+        let query = sqlx::AssertSqlSafe(format!(
+            "SELECT k.hash, {TEAM} FROM access_tokens k JOIN teams t ON t.id = k.team_id WHERE k.hash = ?"
+        ));
+        let row = sqlx::query(query).bind(&wanted).fetch_optional(&self.pool).await.map_err(&wrap)?;
+        let Some(row) = row else { return Ok(None) };
+        let found: Vec<u8> = row.try_get(0).map_err(&wrap)?;
+        if !bool::from(found.ct_eq(&wanted)) {
+            return Ok(None);
+        }
+        team(&row, 1).map(Some).map_err(wrap)
+    }
+
+    /// Calls a team's key something else; false when it has none of this id.
+    pub async fn rename_key(&self, team: &str, id: Uuid, name: &str) -> Result<bool, StoreError> {
+        sqlx::query("UPDATE api_keys SET name = ? WHERE id = ? AND team_id = ?")
+            .bind(name)
+            .bind(id.to_string())
+            .bind(team)
+            .execute(&self.pool)
+            .await
+            .map(|r| r.rows_affected() > 0)
+            .map_err(sql("rename a key"))
+    }
+
+    /// Deletes a team's key; false when it has none of this id.
+    pub async fn delete_key_of(&self, team: &str, id: Uuid) -> Result<bool, StoreError> {
+        sqlx::query("DELETE FROM api_keys WHERE id = ? AND team_id = ?")
+            .bind(id.to_string())
+            .bind(team)
+            .execute(&self.pool)
+            .await
+            .map(|r| r.rows_affected() > 0)
+            .map_err(sql("delete a key"))
+    }
+
     /// All keys, oldest first.
     pub async fn list_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
         let wrap = sql("list the keys");
-        let rows =
-            sqlx::query("SELECT id, name, mask, created_at, last_used FROM api_keys ORDER BY created_at, id")
-                .fetch_all(&self.pool)
-                .await
-                .map_err(&wrap)?;
+        let rows = sqlx::query(
+            "SELECT id, name, mask, created_at, last_used, team_id FROM api_keys ORDER BY created_at, id",
+        )
+        .fetch_all(&self.pool)
+        .await
+        .map_err(&wrap)?;
         rows.iter()
             .map(|r| {
                 Ok(ApiKey {
@@ -79,6 +167,7 @@ impl Store {
                     mask: r.try_get(2)?,
                     created_at: time(r.try_get(3)?),
                     last_used: r.try_get::<Option<i64>, _>(4)?.map(time),
+                    team_id: r.try_get(5)?,
                 })
             })
             .collect::<Result<_, _>>()
@@ -95,13 +184,13 @@ impl Store {
             .map_err(sql("delete a key"))
     }
 
-    /// Id and name of the team that a key belongs to.
-    pub(crate) async fn team_of_key(&self, key: &str) -> Result<Option<(String, String)>, StoreError> {
+    /// The team that a key acts for.
+    pub(crate) async fn team_of_key(&self, key: &str) -> Result<Option<TeamRow>, StoreError> {
         let wrap = sql("look a key up");
         let wanted = hash(key);
-        let row = sqlx::query(
-            "SELECT k.hash, t.id, t.name, k.last_used FROM api_keys k JOIN teams t ON t.id = k.team_id WHERE k.hash = ?",
-        )
+        let row = sqlx::query(sqlx::AssertSqlSafe(format!(
+            "SELECT k.hash, k.last_used, {TEAM} FROM api_keys k JOIN teams t ON t.id = k.team_id WHERE k.hash = ?"
+        )))
         .bind(&wanted)
         .fetch_optional(&self.pool)
         .await
@@ -111,8 +200,8 @@ impl Store {
         if !bool::from(found.ct_eq(&wanted)) {
             return Ok(None);
         }
-        let team = (row.try_get(1).map_err(&wrap)?, row.try_get(2).map_err(&wrap)?);
-        let last: Option<i64> = row.try_get(3).map_err(&wrap)?;
+        let team = team(&row, 2).map_err(&wrap)?;
+        let last: Option<i64> = row.try_get(1).map_err(&wrap)?;
         if last.is_none_or(|l| now() - l > USED_STEP_MS) {
             sqlx::query("UPDATE api_keys SET last_used = ? WHERE hash = ?")
                 .bind(now())
@@ -133,7 +222,8 @@ mod tests {
     async fn keys_come_are_known_and_go() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let key = store.create_key("mine").await.unwrap();
+        let team = store.default_team().await.unwrap();
+        let key = store.create_key(&team, "mine").await.unwrap();
         assert!(key.key.len() == 44 && key.key[4..].bytes().all(|b| b.is_ascii_hexdigit()));
         assert!(store.team_of_key(&key.key).await.unwrap().is_some());
         assert!(store.team_of_key("e2b_0000000000000000000000000000000000000000").await.unwrap().is_none());
@@ -146,5 +236,27 @@ mod tests {
         assert!(store.delete_key(key.id).await.unwrap());
         assert!(!store.delete_key(key.id).await.unwrap());
         assert!(store.team_of_key(&key.key).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn keys_and_tokens_are_their_teams() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("db")).await.unwrap();
+        let team = store.default_team().await.unwrap();
+        let other = store.create_team("other").await.unwrap().id;
+        let key = store.create_key(&team, "a").await.unwrap();
+        let token = store.create_token(&team, "t").await.unwrap();
+        assert!(token.key.len() == 47 && token.key.starts_with("sk_e2b_"));
+        assert_eq!(store.team_of_token(&token.key).await.unwrap().unwrap().id, team);
+        // Neither is good for what the other is for.
+        assert!(store.team_of_token(&key.key).await.unwrap().is_none());
+        assert!(store.team_of_key(&token.key).await.unwrap().is_none());
+        assert!(!store.rename_key(&other, key.id, "b").await.unwrap());
+        assert!(!store.delete_key_of(&other, key.id).await.unwrap());
+        assert!(!store.delete_token(&other, token.id).await.unwrap());
+        assert!(store.rename_key(&team, key.id, "b").await.unwrap());
+        assert_eq!(store.list_keys().await.unwrap()[0].name, "b");
+        assert!(store.delete_token(&team, token.id).await.unwrap());
+        assert!(store.team_of_token(&token.key).await.unwrap().is_none());
     }
 }

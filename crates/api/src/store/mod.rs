@@ -1,10 +1,14 @@
-//! What the API keeps: teams, keys, templates and their builds, paused sandboxes and snapshots, in one SQLite file.
+//! What the API keeps, in one SQLite file: teams, their keys, secrets and volumes, templates and their builds,
+//! paused sandboxes and snapshots.
 
 mod checkpoints;
 mod keys;
+mod secrets;
 mod snapshots;
 mod tags;
+mod teams;
 mod templates;
+mod volumes;
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -19,19 +23,23 @@ use uuid::Uuid;
 
 pub use checkpoints::SnapshotFilter;
 pub use keys::{ApiKey, NewKey};
+pub use secrets::SecretRow;
 pub use snapshots::SnapshotRow;
-pub use tags::TagRow;
+pub use tags::{AssignmentRow, TagRow};
+pub use teams::TeamRow;
 pub use templates::{BuildRow, BuildStatus, TemplateRow};
+pub use volumes::VolumeRow;
 
 /// Version of the schema that this program writes.
 const SCHEMA: i64 = STEPS.len() as i64;
 /// What makes each version out of the one before it.
-const STEPS: [&str; 5] = [
+const STEPS: [&str; 6] = [
     include_str!("schema.sql"),
     include_str!("schema2.sql"),
     include_str!("schema3.sql"),
     include_str!("schema4.sql"),
     include_str!("schema5.sql"),
+    include_str!("schema6.sql"),
 ];
 /// Another process (`nidus key create`) may be writing.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
@@ -81,6 +89,11 @@ pub struct Store {
 /// SQLITE_BUSY.
 fn is_busy(e: &sqlx::Error) -> bool {
     e.as_database_error().and_then(|e| e.code()).is_some_and(|code| code == "5")
+}
+
+/// Something of this name is there already.
+fn is_unique(e: &sqlx::Error) -> bool {
+    e.as_database_error().is_some_and(|e| e.is_unique_violation())
 }
 
 /// Milliseconds since 1970, as times are kept.

@@ -13,6 +13,17 @@ pub struct TagRow {
     pub created_at: DateTime<Utc>,
 }
 
+/// A build that a tag stands for, or stood for.
+#[derive(Debug, Clone)]
+pub struct AssignmentRow {
+    pub id: String,
+    pub tag: String,
+    pub build_id: String,
+    pub assigned_at: DateTime<Utc>,
+    pub build_created_at: DateTime<Utc>,
+    pub build_finished_at: Option<DateTime<Utc>>,
+}
+
 impl Store {
     /// Gives a build these tags, which other builds of its template lose.
     pub(crate) async fn put_tags(
@@ -35,19 +46,60 @@ impl Store {
             .execute(&mut *tx)
             .await
             .map_err(&wrap)?;
+            sqlx::query(
+                "INSERT INTO tag_assignments (id, template_id, tag, build_id, assigned_at) VALUES (?, ?, ?, ?, ?)",
+            )
+            .bind(uuid::Uuid::new_v4().to_string())
+            .bind(template)
+            .bind(tag)
+            .bind(build)
+            .bind(now())
+            .execute(&mut *tx)
+            .await
+            .map_err(&wrap)?;
         }
         tx.commit().await.map_err(wrap)
+    }
+
+    /// What the tags of a template stood for, newest first; only of those that it still has.
+    pub(crate) async fn assignments(&self, template: &str) -> Result<Vec<AssignmentRow>, StoreError> {
+        let wrap = sql("list what tags stood for");
+        let rows = sqlx::query(
+            "SELECT a.id, a.tag, a.build_id, a.assigned_at, b.created_at, b.finished_at FROM tag_assignments a \
+             JOIN builds b ON b.id = a.build_id JOIN tags t ON t.template_id = a.template_id AND t.tag = a.tag \
+             WHERE a.template_id = ? ORDER BY a.assigned_at DESC, a.rowid DESC",
+        )
+        .bind(template)
+        .fetch_all(&self.pool)
+        .await
+        .map_err(&wrap)?;
+        let row = |r: &sqlx::sqlite::SqliteRow| {
+            Ok(AssignmentRow {
+                id: r.try_get(0)?,
+                tag: r.try_get(1)?,
+                build_id: r.try_get(2)?,
+                assigned_at: time(r.try_get(3)?),
+                build_created_at: time(r.try_get(4)?),
+                build_finished_at: r.try_get::<Option<i64>, _>(5)?.map(time),
+            })
+        };
+        rows.iter().map(row).collect::<Result<_, _>>().map_err(wrap)
     }
 
     /// Takes tags away; those that there are not do not matter.
     pub(crate) async fn remove_tags(&self, template: &str, tags: &[String]) -> Result<(), StoreError> {
         for tag in tags {
-            sqlx::query("DELETE FROM tags WHERE template_id = ? AND tag = ?")
-                .bind(template)
-                .bind(tag)
-                .execute(&self.pool)
-                .await
-                .map_err(sql("remove a tag"))?;
+            for query in [
+                "DELETE FROM tags WHERE template_id = ? AND tag = ?",
+                "DELETE FROM tag_assignments WHERE template_id = ? AND tag = ?",
+            ] {
+                sqlx::query(query)
+                    .bind(template)
+                    .bind(tag)
+                    .execute(&self.pool)
+                    .await
+                    .map_err(sql("remove a tag"))?;
+            }
         }
         Ok(())
     }
@@ -161,7 +213,11 @@ mod tests {
         };
         let pair = |t: &str, b: &str| (t.to_owned(), b.to_owned());
         assert_eq!(of(store.tags(&t.id).await.unwrap()), [pair("default", "b"), pair("v1", "a")]);
+        let stood: Vec<_> = store.assignments(&t.id).await.unwrap();
+        let stood: Vec<_> = stood.into_iter().map(|a| (a.tag, a.build_id)).collect();
+        assert_eq!(stood, [pair("default", "b"), pair("v1", "a"), pair("default", "a")]);
         store.remove_tags(&t.id, &tags(&["v1", "none"])).await.unwrap();
+        assert_eq!(store.assignments(&t.id).await.unwrap().len(), 2);
         assert_eq!(of(store.tags(&t.id).await.unwrap()), [pair("default", "b")]);
         store.want_tags("a", &tags(&["x", "y"])).await.unwrap();
         assert_eq!(store.wanted_tags("a").await.unwrap(), ["x", "y"]);

@@ -19,6 +19,9 @@ pub enum Key {
         /// What to call it
         #[arg(long, default_value = "key")]
         name: String,
+        /// The team that it acts for, by name or id; by default the first
+        #[arg(long)]
+        team: Option<String>,
     },
     /// List the keys
     List,
@@ -32,8 +35,12 @@ pub enum Key {
 pub async fn run(command: Key, config: &Config, out: Output) -> anyhow::Result<ExitCode> {
     let store = client::store(config).await?;
     match command {
-        Key::Create { name } => {
-            let new = store.create_key(&name).await?;
+        Key::Create { name, team } => {
+            let team = match team {
+                Some(team) => super::team::find(&store, &team).await?.id,
+                None => store.default_team().await?,
+            };
+            let new = store.create_key(&team, &name).await?;
             if out.json {
                 out.value(&json!({ "id": new.id, "name": name, "key": new.key }))?;
             } else {
@@ -46,7 +53,7 @@ pub async fn run(command: Key, config: &Config, out: Output) -> anyhow::Result<E
                 let list: Vec<_> = keys
                     .iter()
                     .map(|k| {
-                        json!({ "id": k.id, "name": k.name, "mask": k.mask,
+                        json!({ "id": k.id, "teamID": k.team_id, "name": k.name, "mask": k.mask,
                                 "createdAt": k.created_at, "lastUsed": k.last_used })
                     })
                     .collect();

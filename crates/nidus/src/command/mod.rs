@@ -5,4 +5,5 @@ pub mod fetch;
 pub mod gc;
 pub mod key;
 pub mod sandbox;
+pub mod team;
 pub mod template;
