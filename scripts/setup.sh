@@ -34,6 +34,14 @@ need nbdkit nbdkit
 # For the tests of images: a registry, and the smallest system to fill it with.
 need docker-registry docker-registry
 need zstd zstd
+# For the tests of the store on Postgres: the server's programs alone. No cluster is made, and none is started.
+if [ ! -d /usr/lib/postgresql ]; then
+    if [ ! -e /etc/postgresql-common ]; then
+        mkdir -p /etc/postgresql-common/createcluster.d
+        printf 'create_main_cluster = false\n' >/etc/postgresql-common/createcluster.d/nidus.conf
+    fi
+    wanted+=(postgresql)
+fi
 [ -x /bin/bash-static ] || wanted+=(bash-static)
 need busybox busybox-static
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || wanted+=(libc6-dev)

@@ -1,5 +1,6 @@
 """A guest whose envd was replaced by a program that answers garbage, never, or for ever: it harms itself alone."""
 
+import concurrent.futures
 import os
 import re
 import time
@@ -11,6 +12,8 @@ from e2b import Sandbox
 from support.daemon import wait_for
 
 IMPOSTOR = (Path(__file__).resolve().parents[1] / "support/guest_envd.py").read_text()
+# Modes whose answers begin as a good one does.
+POLITE = ("endless-body", "long-promise", "wrong-json")
 MODES = ["garbage", "silent", "endless-headers", "endless-body", "long-promise", "wrong-json"]
 # Longest time that a call about such a guest may take. The daemon's own limits are shorter.
 LIMIT = 90
@@ -57,31 +60,43 @@ def impostor():
         sandbox.kill()
 
 
+def suffer(sandbox, api, mode):
+    """What the host does with such a guest; each step ends in its time."""
+    outcomes = [ask(sandbox, path, 5) for path in ("/health", "/metrics", "/files?path=/x")]
+    assert 204 not in outcomes, mode
+    url = f"/sandboxes/{sandbox.sandbox_id}"
+    began = time.monotonic()
+    assert api.get(url).json()["state"] == "running"
+    assert api.get(f"{url}/metrics").status_code == 200
+    paused = api.post(f"{url}/pause", timeout=LIMIT)
+    assert time.monotonic() - began < LIMIT, mode
+    if paused.status_code == 204:
+        began = time.monotonic()
+        resumed = api.post(f"{url}/resume", json={"timeout": 300}, timeout=LIMIT)
+        # Whoever answers as envd does is as good as envd: that is the guest's own affair.
+        wanted = (201,) if mode in POLITE else (500, 502, 504)
+        assert resumed.status_code in wanted, (mode, resumed.text)
+        assert time.monotonic() - began < LIMIT, mode
+    began = time.monotonic()
+    assert api.delete(url, timeout=LIMIT).status_code == 204, mode
+    assert time.monotonic() - began < 30, mode
+    assert api.get(url).status_code == 404, mode
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", MODES)
-def test_such_a_guest_harms_itself_alone(impostor, api, mode):
+def test_such_guests_harm_themselves_alone(impostor, api):
     daemon = int(os.environ["NIDUS_TEST_DAEMON_PID"])
-    sandbox = impostor(mode)
+    guests = [impostor(mode) for mode in MODES]
     before = held(daemon)
-    with Sandbox.create(timeout=300) as other:
-        outcomes = [ask(sandbox, path, 5) for path in ("/health", "/metrics", "/files?path=/x")]
-        assert 204 not in outcomes
-        assert other.commands.run("echo fine").stdout == "fine\n"
-        # What the host wants to know of it, and what it does with it, ends.
-        began = time.monotonic()
-        assert api.get(f"/sandboxes/{sandbox.sandbox_id}").json()["state"] == "running"
-        assert api.get(f"/sandboxes/{sandbox.sandbox_id}/metrics").status_code == 200
-        paused = api.post(f"/sandboxes/{sandbox.sandbox_id}/pause", timeout=LIMIT)
-        assert time.monotonic() - began < LIMIT
-        began = time.monotonic()
-        if paused.status_code == 204:
-            resumed = api.post(f"/sandboxes/{sandbox.sandbox_id}/resume", json={"timeout": 60}, timeout=LIMIT)
-            assert resumed.status_code in (500, 502, 504), "envd did not answer: that is no sandbox that runs"
-            assert resumed.json()["message"]
-        assert time.monotonic() - began < LIMIT
-        assert other.commands.run("echo still fine").stdout == "still fine\n"
-        began = time.monotonic()
-        assert api.delete(f"/sandboxes/{sandbox.sandbox_id}", timeout=LIMIT).status_code == 204
-        assert time.monotonic() - began < 30
-    assert held(daemon) < before + 96 * MIB, "what it sends does not pile up"
-    assert api.get(f"/sandboxes/{sandbox.sandbox_id}").status_code == 404
+    with Sandbox.create(timeout=600) as other, concurrent.futures.ThreadPoolExecutor(len(MODES)) as pool:
+        all_of_them = [pool.submit(suffer, sandbox, api, mode) for sandbox, mode in zip(guests, MODES)]
+        answers = 0
+        while not all(f.done() for f in all_of_them):
+            began = time.monotonic()
+            assert other.commands.run("echo fine").stdout == "fine\n"
+            assert time.monotonic() - began < 20
+            answers += 1
+        for f in all_of_them:
+            f.result()
+        assert answers > 10
+    assert held(daemon) < before + 128 * MIB, "what they send does not pile up"

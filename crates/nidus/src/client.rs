@@ -1,7 +1,6 @@
 //! The command line's own client of the REST API.
 
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 
 use anyhow::{Context, anyhow, bail};
 use bytes::Bytes;
@@ -113,16 +112,24 @@ impl Client {
     }
 }
 
-/// Path of the database.
-pub fn database(config: &Config) -> PathBuf {
-    config.data_dir.join("nidus.db")
+/// The database that is configured, with its tables.
+pub async fn database(config: &Config) -> anyhow::Result<Store> {
+    Ok(match &config.database {
+        Some(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
+            Store::connect(url).await?
+        }
+        Some(_) => bail!(
+            "database is a URL that begins with postgres://, or is left out for a file in the data directory"
+        ),
+        None => Store::open(&config.data_dir.join("nidus.db")).await?,
+    })
 }
 
 /// Opens the store, for commands that need no daemon.
 pub async fn store(config: &Config) -> anyhow::Result<Store> {
     std::fs::create_dir_all(&config.data_dir)
         .with_context(|| format!("Cannot make the data directory {}", config.data_dir.display()))?;
-    Ok(Store::open(&database(config)).await?)
+    database(config).await
 }
 
 /// The key in the data directory, which only its owner may read.

@@ -109,6 +109,10 @@ pub struct Config {
     /// Whether machines that are kept ready run their template's ready command before they are used, so that the
     /// first request to what the template started is as fast as later ones.
     pub rehearse: bool,
+    /// Postgres server that keeps what the API knows, `postgres://user:password@host/database`; by default that is
+    /// a file in the data directory.
+    #[serde(skip_serializing)]
+    pub database: Option<String>,
     /// What nodes and all teams are managed with, in `X-Admin-Token`; nobody may where there is none.
     #[serde(skip_serializing)]
     pub admin_token: Option<String>,
@@ -231,6 +235,7 @@ impl Default for Config {
             warm: 4,
             rehearse: true,
             // Longer than a sandbox may live.
+            database: None,
             admin_token: None,
             request_rate: 200,
             metrics_interval_s: 5,
@@ -311,7 +316,14 @@ impl Config {
             _ => Vec::new(),
         };
         let ours = Env::prefixed("NIDUS_").filter(move |k| known.iter().any(|n| k == n.as_str()));
-        let config: Self = figment.merge(ours).extract().map_err(|e| explain(&e))?;
+        let mut figment = figment.merge(ours);
+        // Those that are never printed, hence not among the known ones; texts, whatever they look like.
+        for (name, field) in [("NIDUS_ADMIN_TOKEN", "admin_token"), ("NIDUS_DATABASE", "database")] {
+            if let Ok(value) = std::env::var(name) {
+                figment = figment.merge((field, value));
+            }
+        }
+        let config: Self = figment.extract().map_err(|e| explain(&e))?;
         config.check()
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use nidus_api::{Api, ApiConfig, MasterKey, Nodes, Store, TemplateSpec, VMM_LABEL};
+use nidus_api::{Api, ApiConfig, MasterKey, Nodes, TemplateSpec, VMM_LABEL};
 use nidus_build::{Pipeline, PipelineConfig};
 use nidus_egress::Gateway;
 use nidus_network::{NetworkConfig, Pool, TapMode};
@@ -302,7 +302,7 @@ impl Parts {
         stop: &CancellationToken,
         began: Instant,
     ) -> anyhow::Result<()> {
-        let store = Store::open(&database(config)).await?;
+        let store = database(config).await?;
         let nodes = Nodes::connect_lazy(config.node_addr)?;
         let api = ApiConfig {
             domain: config.domain.clone(),

@@ -1,13 +1,13 @@
 //! The volumes of a node.
 
 use std::fs::{DirBuilder, File};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, StatxFlags, Uid, chmodat, chownat, mkdirat,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, StatxFlags, Uid, chmod, chownat, mkdirat,
     openat2, readlinkat, statx, unlinkat,
 };
 use rustix::io::Errno;
@@ -389,9 +389,12 @@ fn set(
     mode: Mode,
 ) -> Result<(), VolumeError> {
     let failed = |e| VolumeError::of("change", &path.text(), e);
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(dir, path.name(), flags, Mode::empty()).map_err(failed)?;
     let (uid, gid) = attributes.owner();
-    chownat(dir, path.name(), uid, gid, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
-    match chmodat(dir, path.name(), mode, AtFlags::SYMLINK_NOFOLLOW) {
+    chownat(&fd, "", uid, gid, AtFlags::EMPTY_PATH).map_err(failed)?;
+    // The one way to change the mode of what a descriptor without rights stands for (before Linux 6.6).
+    match chmod(format!("/proc/self/fd/{}", fd.as_raw_fd()), mode) {
         // Links have no mode.
         Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
         Err(e) => Err(failed(e)),

@@ -23,7 +23,7 @@ pub struct SnapshotFilter {
 impl Store {
     /// Notes a build that nobody has: one that is about to be made, or one that others still read.
     pub(crate) async fn note_checkpoint(&self, build: &str, template: &str) -> Result<(), StoreError> {
-        sqlx::query("INSERT OR IGNORE INTO checkpoints (build_id, template_id) VALUES (?, ?)")
+        sqlx::query("INSERT INTO checkpoints (build_id, template_id) VALUES ($1, $2) ON CONFLICT DO NOTHING")
             .bind(build)
             .bind(template)
             .execute(&self.pool)
@@ -34,7 +34,7 @@ impl Store {
 
     /// There is no such build, or no more.
     pub(crate) async fn forget_checkpoint(&self, build: &str) -> Result<(), StoreError> {
-        sqlx::query("DELETE FROM checkpoints WHERE build_id = ?")
+        sqlx::query("DELETE FROM checkpoints WHERE build_id = $1")
             .bind(build)
             .execute(&self.pool)
             .await
@@ -60,9 +60,9 @@ impl Store {
         config: &SandboxConfig,
     ) -> Result<Option<TemplateRow>, StoreError> {
         let wrap = sql("keep a snapshot");
-        let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
+        let mut tx = self.write().await.map_err(&wrap)?;
         let mut t = find_or_add(&mut tx, &config.team_id, name, false).await?;
-        let builds: i64 = sqlx::query_scalar("SELECT count(*) FROM builds WHERE template_id = ?")
+        let builds: i64 = sqlx::query_scalar("SELECT count(*) FROM builds WHERE template_id = $1")
             .bind(&t.id)
             .fetch_one(&mut *tx)
             .await
@@ -70,7 +70,7 @@ impl Store {
         if t.team_id != config.team_id || (t.snapshot_of.is_none() && builds > 0) {
             return Ok(None);
         }
-        sqlx::query("UPDATE templates SET snapshot_of = ?, updated_at = ? WHERE id = ?")
+        sqlx::query("UPDATE templates SET snapshot_of = $1, updated_at = $2 WHERE id = $3")
             .bind(&config.sandbox_id)
             .bind(now())
             .bind(&t.id)
@@ -80,7 +80,7 @@ impl Store {
         sqlx::query(
             "INSERT INTO builds (id, template_id, status, cpu_count, memory_mb, disk_mb, envd_version, \
              kernel_version, vmm_version, created_at, updated_at, finished_at) \
-             VALUES (?1, ?2, 'ready', ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9, ?9)",
+             VALUES ($1, $2, 'ready', $3, $4, $5, $6, $7, $8, $9, $9, $9)",
         )
         .bind(&config.build_id)
         .bind(&t.id)
@@ -94,7 +94,7 @@ impl Store {
         .execute(&mut *tx)
         .await
         .map_err(&wrap)?;
-        sqlx::query("DELETE FROM checkpoints WHERE build_id = ?")
+        sqlx::query("DELETE FROM checkpoints WHERE build_id = $1")
             .bind(&config.build_id)
             .execute(&mut *tx)
             .await
@@ -112,9 +112,9 @@ impl Store {
     ) -> Result<Vec<TemplateRow>, StoreError> {
         let wrap = sql("list snapshots");
         let rows = sqlx::query(template_query!(
-            "WHERE t.team_id = ?1 AND t.snapshot_of IS NOT NULL AND (?2 IS NULL OR t.snapshot_of = ?2) \
-             AND (?3 IS NULL OR t.id = ?3 OR t.id = (SELECT template_id FROM aliases WHERE alias = ?3)) \
-             AND (?4 IS NULL OR t.rowid < ?4) ORDER BY t.rowid DESC LIMIT ?5"
+            "WHERE t.team_id = $1 AND t.snapshot_of IS NOT NULL AND (CAST($2 AS TEXT) IS NULL OR t.snapshot_of = $2) \
+             AND (CAST($3 AS TEXT) IS NULL OR t.id = $3 OR t.id = (SELECT template_id FROM aliases WHERE alias = $3)) \
+             AND (CAST($4 AS BIGINT) IS NULL OR t.rowid < $4) ORDER BY t.rowid DESC LIMIT $5"
         ))
         .bind(team)
         .bind(&filter.sandbox)
@@ -130,56 +130,58 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::stores;
     use super::*;
 
     #[tokio::test]
     async fn a_checkpoint_becomes_a_build_of_a_snapshot() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let team = store.default_team().await.unwrap();
-        let config = |build: &str, sandbox: &str| SandboxConfig {
-            build_id: build.into(),
-            sandbox_id: sandbox.into(),
-            team_id: team.clone(),
-            vcpu: 2,
-            ram_mb: 512,
-            firecracker_version: "qemu".into(),
-            ..Default::default()
-        };
-        for build in ["1", "2", "3"] {
-            store.note_checkpoint(build, "t").await.unwrap();
+        for made in stores().await {
+            let store = &made.store;
+            let team = store.default_team().await.unwrap();
+            let config = |build: &str, sandbox: &str| SandboxConfig {
+                build_id: build.into(),
+                sandbox_id: sandbox.into(),
+                team_id: team.clone(),
+                vcpu: 2,
+                ram_mb: 512,
+                firecracker_version: "qemu".into(),
+                ..Default::default()
+            };
+            for build in ["1", "2", "3"] {
+                store.note_checkpoint(build, "t").await.unwrap();
+            }
+            let alone = store.keep_checkpoint(None, &config("1", "a")).await.unwrap().unwrap();
+            let named = store.keep_checkpoint(Some("n"), &config("2", "a")).await.unwrap().unwrap();
+            assert_eq!(store.checkpoints().await.unwrap(), [("3".to_owned(), "t".to_owned())]);
+            let again = store.keep_checkpoint(Some("n"), &config("3", "b")).await.unwrap().unwrap();
+            assert_eq!((again.id.as_str(), again.snapshot_of.as_deref()), (named.id.as_str(), Some("b")));
+            let built = store.put_template(&team, "built", false).await.unwrap();
+            store.add_build("4", &built.id, 1, 512).await.unwrap();
+            assert!(store.keep_checkpoint(Some("built"), &config("5", "b")).await.unwrap().is_none());
+            store.delete_template(&built.id).await.unwrap();
+            let builds = store.builds(&named.id).await.unwrap();
+            assert_eq!(builds.iter().map(|b| b.id.as_str()).collect::<Vec<_>>(), ["3", "2"]);
+            assert_eq!((builds[0].cpu_count, builds[0].vmm_version.as_str()), (2, "qemu"));
+            assert!(store.templates(&team).await.unwrap().is_empty(), "snapshots are listed apart");
+            let list = async |filter: SnapshotFilter| {
+                let all = store.snapshot_templates(&team, &filter).await.unwrap();
+                all.into_iter().map(|t| t.id).collect::<Vec<_>>()
+            };
+            let filter = || SnapshotFilter { limit: 9, ..Default::default() };
+            assert_eq!(list(filter()).await, [named.id.clone(), alone.id.clone()]);
+            assert_eq!(
+                list(SnapshotFilter { sandbox: Some("a".into()), ..filter() }).await,
+                std::slice::from_ref(&alone.id)
+            );
+            assert_eq!(
+                list(SnapshotFilter { name: Some("n".into()), ..filter() }).await,
+                std::slice::from_ref(&named.id)
+            );
+            assert_eq!(
+                list(SnapshotFilter { before: Some(named.number), ..filter() }).await,
+                std::slice::from_ref(&alone.id)
+            );
+            assert_eq!(list(SnapshotFilter { limit: 1, ..filter() }).await, std::slice::from_ref(&named.id));
         }
-        let alone = store.keep_checkpoint(None, &config("1", "a")).await.unwrap().unwrap();
-        let named = store.keep_checkpoint(Some("n"), &config("2", "a")).await.unwrap().unwrap();
-        assert_eq!(store.checkpoints().await.unwrap(), [("3".to_owned(), "t".to_owned())]);
-        let again = store.keep_checkpoint(Some("n"), &config("3", "b")).await.unwrap().unwrap();
-        assert_eq!((again.id.as_str(), again.snapshot_of.as_deref()), (named.id.as_str(), Some("b")));
-        let built = store.put_template(&team, "built", false).await.unwrap();
-        store.add_build("4", &built.id, 1, 512).await.unwrap();
-        assert!(store.keep_checkpoint(Some("built"), &config("5", "b")).await.unwrap().is_none());
-        store.delete_template(&built.id).await.unwrap();
-        let builds = store.builds(&named.id).await.unwrap();
-        assert_eq!(builds.iter().map(|b| b.id.as_str()).collect::<Vec<_>>(), ["3", "2"]);
-        assert_eq!((builds[0].cpu_count, builds[0].vmm_version.as_str()), (2, "qemu"));
-        assert!(store.templates(&team).await.unwrap().is_empty(), "snapshots are listed apart");
-        let list = async |filter: SnapshotFilter| {
-            let all = store.snapshot_templates(&team, &filter).await.unwrap();
-            all.into_iter().map(|t| t.id).collect::<Vec<_>>()
-        };
-        let filter = || SnapshotFilter { limit: 9, ..Default::default() };
-        assert_eq!(list(filter()).await, [named.id.clone(), alone.id.clone()]);
-        assert_eq!(
-            list(SnapshotFilter { sandbox: Some("a".into()), ..filter() }).await,
-            std::slice::from_ref(&alone.id)
-        );
-        assert_eq!(
-            list(SnapshotFilter { name: Some("n".into()), ..filter() }).await,
-            std::slice::from_ref(&named.id)
-        );
-        assert_eq!(
-            list(SnapshotFilter { before: Some(named.number), ..filter() }).await,
-            std::slice::from_ref(&alone.id)
-        );
-        assert_eq!(list(SnapshotFilter { limit: 1, ..filter() }).await, std::slice::from_ref(&named.id));
     }
 }

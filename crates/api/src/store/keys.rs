@@ -68,7 +68,7 @@ impl Store {
     pub async fn create_key(&self, team: &str, name: &str) -> Result<NewKey, StoreError> {
         let new = new_key(PREFIX)?;
         sqlx::query(
-            "INSERT INTO api_keys (id, team_id, name, hash, mask, created_at) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO api_keys (id, team_id, name, hash, mask, created_at) VALUES ($1, $2, $3, $4, $5, $6)",
         )
         .bind(new.id.to_string())
         .bind(team)
@@ -86,7 +86,7 @@ impl Store {
     pub async fn create_token(&self, team: &str, name: &str) -> Result<NewKey, StoreError> {
         let new = new_key(TOKEN_PREFIX)?;
         sqlx::query(
-            "INSERT INTO access_tokens (id, team_id, name, hash, mask, created_at) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO access_tokens (id, team_id, name, hash, mask, created_at) VALUES ($1, $2, $3, $4, $5, $6)",
         )
         .bind(new.id.to_string())
         .bind(team)
@@ -102,7 +102,7 @@ impl Store {
 
     /// Deletes an access token of a team; false when it has none of this id.
     pub async fn delete_token(&self, team: &str, id: Uuid) -> Result<bool, StoreError> {
-        sqlx::query("DELETE FROM access_tokens WHERE id = ? AND team_id = ?")
+        sqlx::query("DELETE FROM access_tokens WHERE id = $1 AND team_id = $2")
             .bind(id.to_string())
             .bind(team)
             .execute(&self.pool)
@@ -116,7 +116,7 @@ impl Store {
         let wrap = sql("look an access token up");
         let wanted = hash(token);
         let query = sqlx::AssertSqlSafe(format!(
-            "SELECT k.hash, {TEAM} FROM access_tokens k JOIN teams t ON t.id = k.team_id WHERE k.hash = ?"
+            "SELECT k.hash, {TEAM} FROM access_tokens k JOIN teams t ON t.id = k.team_id WHERE k.hash = $1"
         ));
         let row = sqlx::query(query).bind(&wanted).fetch_optional(&self.pool).await.map_err(&wrap)?;
         let Some(row) = row else { return Ok(None) };
@@ -129,7 +129,7 @@ impl Store {
 
     /// Calls a team's key something else; false when it has none of this id.
     pub async fn rename_key(&self, team: &str, id: Uuid, name: &str) -> Result<bool, StoreError> {
-        sqlx::query("UPDATE api_keys SET name = ? WHERE id = ? AND team_id = ?")
+        sqlx::query("UPDATE api_keys SET name = $1 WHERE id = $2 AND team_id = $3")
             .bind(name)
             .bind(id.to_string())
             .bind(team)
@@ -141,7 +141,7 @@ impl Store {
 
     /// Deletes a team's key; false when it has none of this id.
     pub async fn delete_key_of(&self, team: &str, id: Uuid) -> Result<bool, StoreError> {
-        sqlx::query("DELETE FROM api_keys WHERE id = ? AND team_id = ?")
+        sqlx::query("DELETE FROM api_keys WHERE id = $1 AND team_id = $2")
             .bind(id.to_string())
             .bind(team)
             .execute(&self.pool)
@@ -176,7 +176,7 @@ impl Store {
 
     /// Deletes a key; false when there is none of this id.
     pub async fn delete_key(&self, id: Uuid) -> Result<bool, StoreError> {
-        sqlx::query("DELETE FROM api_keys WHERE id = ?")
+        sqlx::query("DELETE FROM api_keys WHERE id = $1")
             .bind(id.to_string())
             .execute(&self.pool)
             .await
@@ -189,7 +189,7 @@ impl Store {
         let wrap = sql("look a key up");
         let wanted = hash(key);
         let row = sqlx::query(sqlx::AssertSqlSafe(format!(
-            "SELECT k.hash, k.last_used, {TEAM} FROM api_keys k JOIN teams t ON t.id = k.team_id WHERE k.hash = ?"
+            "SELECT k.hash, k.last_used, {TEAM} FROM api_keys k JOIN teams t ON t.id = k.team_id WHERE k.hash = $1"
         )))
         .bind(&wanted)
         .fetch_optional(&self.pool)
@@ -203,7 +203,7 @@ impl Store {
         let team = team(&row, 2).map_err(&wrap)?;
         let last: Option<i64> = row.try_get(1).map_err(&wrap)?;
         if last.is_none_or(|l| now() - l > USED_STEP_MS) {
-            sqlx::query("UPDATE api_keys SET last_used = ? WHERE hash = ?")
+            sqlx::query("UPDATE api_keys SET last_used = $1 WHERE hash = $2")
                 .bind(now())
                 .bind(&wanted)
                 .execute(&self.pool)
@@ -216,6 +216,7 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::stores;
     use super::*;
 
     #[tokio::test]
@@ -240,23 +241,24 @@ mod tests {
 
     #[tokio::test]
     async fn keys_and_tokens_are_their_teams() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let team = store.default_team().await.unwrap();
-        let other = store.create_team("other").await.unwrap().id;
-        let key = store.create_key(&team, "a").await.unwrap();
-        let token = store.create_token(&team, "t").await.unwrap();
-        assert!(token.key.len() == 47 && token.key.starts_with("sk_e2b_"));
-        assert_eq!(store.team_of_token(&token.key).await.unwrap().unwrap().id, team);
-        // Neither is good for what the other is for.
-        assert!(store.team_of_token(&key.key).await.unwrap().is_none());
-        assert!(store.team_of_key(&token.key).await.unwrap().is_none());
-        assert!(!store.rename_key(&other, key.id, "b").await.unwrap());
-        assert!(!store.delete_key_of(&other, key.id).await.unwrap());
-        assert!(!store.delete_token(&other, token.id).await.unwrap());
-        assert!(store.rename_key(&team, key.id, "b").await.unwrap());
-        assert_eq!(store.list_keys().await.unwrap()[0].name, "b");
-        assert!(store.delete_token(&team, token.id).await.unwrap());
-        assert!(store.team_of_token(&token.key).await.unwrap().is_none());
+        for made in stores().await {
+            let store = &made.store;
+            let team = store.default_team().await.unwrap();
+            let other = store.create_team("other").await.unwrap().id;
+            let key = store.create_key(&team, "a").await.unwrap();
+            let token = store.create_token(&team, "t").await.unwrap();
+            assert!(token.key.len() == 47 && token.key.starts_with("sk_e2b_"));
+            assert_eq!(store.team_of_token(&token.key).await.unwrap().unwrap().id, team);
+            // Neither is good for what the other is for.
+            assert!(store.team_of_token(&key.key).await.unwrap().is_none());
+            assert!(store.team_of_key(&token.key).await.unwrap().is_none());
+            assert!(!store.rename_key(&other, key.id, "b").await.unwrap());
+            assert!(!store.delete_key_of(&other, key.id).await.unwrap());
+            assert!(!store.delete_token(&other, token.id).await.unwrap());
+            assert!(store.rename_key(&team, key.id, "b").await.unwrap());
+            assert_eq!(store.list_keys().await.unwrap()[0].name, "b");
+            assert!(store.delete_token(&team, token.id).await.unwrap());
+            assert!(store.team_of_token(&token.key).await.unwrap().is_none());
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What the API keeps, in one SQLite file: teams, their keys, secrets and volumes, templates and their builds,
+//! What the API keeps, in one SQLite file or on a Postgres server: teams, their keys, secrets and volumes, templates and their builds,
 //! paused sandboxes and snapshots.
 
 mod checkpoints;
@@ -10,14 +10,17 @@ mod teams;
 mod templates;
 mod volumes;
 
+mod migrate;
+#[cfg(test)]
+mod testing;
+
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
-};
+use sqlx::any::AnyPoolOptions;
+use sqlx::{Any, AnyPool, Transaction};
 
 use uuid::Uuid;
 
@@ -30,19 +33,13 @@ pub use teams::TeamRow;
 pub use templates::{BuildRow, BuildStatus, TemplateRow};
 pub use volumes::VolumeRow;
 
-/// Version of the schema that this program writes.
-const SCHEMA: i64 = STEPS.len() as i64;
-/// What makes each version out of the one before it.
-const STEPS: [&str; 6] = [
-    include_str!("schema.sql"),
-    include_str!("schema2.sql"),
-    include_str!("schema3.sql"),
-    include_str!("schema4.sql"),
-    include_str!("schema5.sql"),
-    include_str!("schema6.sql"),
-];
 /// Another process (`nidus key create`) may be writing.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
+
+/// Connections to a Postgres server.
+const CONNECTIONS: u32 = 16;
+/// Whoever holds this advisory lock of Postgres writes; with SQLite it is the file's own lock.
+const WRITER: i64 = 0x006e_6964_7573;
 
 /// Why the store failed.
 #[derive(Debug, thiserror::Error)]
@@ -56,14 +53,19 @@ pub enum StoreError {
         source: std::io::Error,
     },
     /// A newer program wrote it.
-    #[error("The database {path} has schema {found}, this nidus knows up to {SCHEMA}: use the newer nidus")]
+    #[error("The database {path} has schema {found}, this nidus knows up to {known}: use the newer nidus")]
     TooNew {
         /// The file.
         path: PathBuf,
         /// Its version.
         found: i64,
+        /// The newest version that this program knows.
+        known: i64,
     },
-    /// SQLite failed.
+    /// The server cannot be used.
+    #[error("Cannot use the database server: {0}")]
+    Server(sqlx::Error),
+    /// A statement failed.
     #[error("The database failed while it was to {action}: {source}")]
     Sql {
         /// What was being done.
@@ -80,10 +82,18 @@ fn sql(action: &'static str) -> impl Fn(sqlx::Error) -> StoreError {
     move |source| StoreError::Sql { action, source }
 }
 
+/// What keeps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Sqlite,
+    Postgres,
+}
+
 /// The database.
 #[derive(Debug, Clone)]
 pub struct Store {
-    pool: SqlitePool,
+    pool: AnyPool,
+    kind: Kind,
 }
 
 /// SQLITE_BUSY.
@@ -111,6 +121,7 @@ impl Store {
     /// # Errors
     /// When it cannot be made or read, or was written by a newer program.
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        sqlx::any::install_default_drivers();
         let open = |source| StoreError::Open { path: path.to_owned(), source };
         std::fs::File::options()
             .create(true)
@@ -120,15 +131,20 @@ impl Store {
             .mode(0o600)
             .open(path)
             .map_err(open)?;
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Normal)
-            .foreign_keys(true)
-            .busy_timeout(BUSY_LIMIT);
+        let url = url::Url::from_file_path(std::path::absolute(path).map_err(open)?);
+        let url = url.map_err(|()| open(std::io::Error::other("it is not a path of a file")))?;
+        let url = url.as_str().replacen("file://", "sqlite://", 1);
+        let set_up = format!(
+            "PRAGMA busy_timeout = {}; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;",
+            BUSY_LIMIT.as_millis()
+        );
+        let options = AnyPoolOptions::new().max_connections(4).after_connect(move |connection, _| {
+            let set_up = sqlx::AssertSqlSafe(set_up.clone());
+            Box::pin(async move { sqlx::raw_sql(set_up).execute(connection).await.map(drop) })
+        });
         let began = std::time::Instant::now();
         let pool = loop {
-            match SqlitePoolOptions::new().max_connections(4).connect_with(options.clone()).await {
+            match options.clone().connect(&url).await {
                 // The first switch of a new file to its log does not wait for another's lock.
                 Err(e) if is_busy(&e) && began.elapsed() < BUSY_LIMIT => {
                     tokio::time::sleep(std::time::Duration::from_millis(5)).await;
@@ -136,40 +152,37 @@ impl Store {
                 done => break done.map_err(|e| open(std::io::Error::other(e)))?,
             }
         };
-        let found: i64 = sqlx::query_scalar("PRAGMA user_version")
-            .fetch_one(&pool)
-            .await
-            .map_err(|e| open(std::io::Error::other(e)))?;
-        if found > SCHEMA {
-            return Err(StoreError::TooNew { path: path.to_owned(), found });
-        }
-        let store = Self { pool };
-        if found < SCHEMA {
-            store.migrate().await?;
-        }
+        let store = Self { pool, kind: Kind::Sqlite };
+        store.migrate(path).await?;
         Ok(store)
     }
 
-    async fn migrate(&self) -> Result<(), StoreError> {
-        let wrap = sql("make its tables");
-        // One writer at a time: a second process waits here and then finds the tables.
-        let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
-        let found: i64 =
-            sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await.map_err(&wrap)?;
-        for step in STEPS.iter().skip(usize::try_from(found).unwrap_or_default()) {
-            sqlx::raw_sql(*step).execute(&mut *tx).await.map_err(&wrap)?;
+    /// Connects to a Postgres server (`postgres://user:password@host/database`), and makes its tables where
+    /// they are missing.
+    ///
+    /// # Errors
+    /// When it cannot be reached, or was written by a newer program.
+    pub async fn connect(url: &str) -> Result<Self, StoreError> {
+        sqlx::any::install_default_drivers();
+        let pool = AnyPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(BUSY_LIMIT);
+        let pool = pool.connect(url).await.map_err(StoreError::Server)?;
+        let store = Self { pool, kind: Kind::Postgres };
+        // Its name without who may use it.
+        let name = url.rsplit_once('@').map_or("of Postgres", |(_, name)| name);
+        store.migrate(Path::new(name)).await?;
+        Ok(store)
+    }
+
+    /// Begins a change. One writer at a time: what it reads stays true until it is done.
+    async fn write(&self) -> Result<Transaction<'static, Any>, sqlx::Error> {
+        match self.kind {
+            Kind::Sqlite => self.pool.begin_with("BEGIN IMMEDIATE").await,
+            Kind::Postgres => {
+                let mut tx = self.pool.begin().await?;
+                sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(WRITER).execute(&mut *tx).await?;
+                Ok(tx)
+            }
         }
-        let version = sqlx::AssertSqlSafe(format!("PRAGMA user_version = {}", SCHEMA.max(found)));
-        sqlx::query(version).execute(&mut *tx).await.map_err(&wrap)?;
-        if found == 0 {
-            sqlx::query("INSERT INTO teams (id, name, created_at) VALUES (?, 'default', ?)")
-                .bind(uuid::Uuid::new_v4().to_string())
-                .bind(now())
-                .execute(&mut *tx)
-                .await
-                .map_err(&wrap)?;
-        }
-        tx.commit().await.map_err(&wrap)
     }
 
     /// Id of the team that a single machine has.
@@ -190,42 +203,5 @@ impl Store {
     /// Closes it, with what is not yet in the file.
     pub async fn close(&self) {
         self.pool.close().await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn an_older_file_gets_what_it_lacks_and_keeps_what_it_has() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("db");
-        let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
-        let old = SqlitePool::connect_with(options).await.unwrap();
-        sqlx::raw_sql(STEPS[0]).execute(&old).await.unwrap();
-        sqlx::raw_sql("INSERT INTO teams VALUES ('t', 'mine', 1); PRAGMA user_version = 1;")
-            .execute(&old)
-            .await
-            .unwrap();
-        old.close().await;
-        let store = Store::open(&path).await.unwrap();
-        assert_eq!(store.default_team().await.unwrap(), "t");
-        assert!(store.snapshots("t").await.unwrap().is_empty());
-        let version: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&store.pool).await.unwrap();
-        assert_eq!(version, SCHEMA);
-    }
-
-    #[tokio::test]
-    async fn a_new_file_is_its_owners_and_opens_twice() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("db");
-        let (a, b) = tokio::join!(Store::open(&path), Store::open(&path));
-        let (a, b) = (a.unwrap(), b.unwrap());
-        assert_eq!(a.default_team().await.unwrap(), b.default_team().await.unwrap());
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        sqlx::query("PRAGMA user_version = 99").execute(&a.pool).await.unwrap();
-        assert!(matches!(Store::open(&path).await, Err(StoreError::TooNew { found: 99, .. })));
     }
 }

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 use uuid::Uuid;
 
 use super::{Store, StoreError, is_unique, now, sql, time};
@@ -21,7 +21,7 @@ pub struct SecretRow {
 
 const SECRET: &str = "SELECT id, name, version, metadata, created_at, updated_at FROM secrets";
 
-fn secret(r: &SqliteRow) -> Result<SecretRow, sqlx::Error> {
+fn secret(r: &AnyRow) -> Result<SecretRow, sqlx::Error> {
     Ok(SecretRow {
         id: r.try_get(0)?,
         name: r.try_get(1)?,
@@ -45,7 +45,7 @@ impl Store {
         let at = now();
         let added = sqlx::query(
             "INSERT INTO secrets (id, team_id, name, version, sealed, metadata, created_at, updated_at) \
-             VALUES (?, ?, ?, 1, ?, ?, ?, ?)",
+             VALUES ($1, $2, $3, 1, $4, $5, $6, $7)",
         )
         .bind(&id)
         .bind(team)
@@ -67,7 +67,7 @@ impl Store {
     pub(crate) async fn secret(&self, team: &str, id_or_name: &str) -> Result<Option<SecretRow>, StoreError> {
         let wrap = sql("look a secret up");
         let query = sqlx::AssertSqlSafe(format!(
-            "{SECRET} WHERE team_id = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2 DESC LIMIT 1"
+            "{SECRET} WHERE team_id = $1 AND (id = $2 OR name = $2) ORDER BY id = $2 DESC LIMIT 1"
         ));
         let row =
             sqlx::query(query).bind(team).bind(id_or_name).fetch_optional(&self.pool).await.map_err(&wrap)?;
@@ -83,7 +83,7 @@ impl Store {
     ) -> Result<Vec<SecretRow>, StoreError> {
         let wrap = sql("list the secrets");
         let query =
-            sqlx::AssertSqlSafe(format!("{SECRET} WHERE team_id = ? AND name > ? ORDER BY name LIMIT ?"));
+            sqlx::AssertSqlSafe(format!("{SECRET} WHERE team_id = $1 AND name > $2 ORDER BY name LIMIT $3"));
         let rows = sqlx::query(query)
             .bind(team)
             .bind(after)
@@ -96,7 +96,7 @@ impl Store {
 
     /// The sealed value of a team's secret of this name.
     pub(crate) async fn sealed(&self, team: &str, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
-        sqlx::query_scalar("SELECT sealed FROM secrets WHERE team_id = ? AND name = ?")
+        sqlx::query_scalar("SELECT sealed FROM secrets WHERE team_id = $1 AND name = $2")
             .bind(team)
             .bind(name)
             .fetch_optional(&self.pool)
@@ -112,8 +112,8 @@ impl Store {
         metadata: Option<&str>,
     ) -> Result<(), StoreError> {
         sqlx::query(
-            "UPDATE secrets SET sealed = ?, metadata = coalesce(?, metadata), version = version + 1, updated_at = ? \
-             WHERE id = ?",
+            "UPDATE secrets SET sealed = $1, metadata = coalesce($2, metadata), version = version + 1, updated_at = $3 \
+             WHERE id = $4",
         )
         .bind(sealed)
         .bind(metadata)
@@ -127,7 +127,7 @@ impl Store {
 
     /// Deletes a secret.
     pub(crate) async fn delete_secret(&self, id: &str) -> Result<(), StoreError> {
-        sqlx::query("DELETE FROM secrets WHERE id = ?")
+        sqlx::query("DELETE FROM secrets WHERE id = $1")
             .bind(id)
             .execute(&self.pool)
             .await
@@ -138,29 +138,31 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::stores;
     use super::*;
 
     #[tokio::test]
     async fn secrets_have_versions_and_belong_to_a_team() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let team = store.default_team().await.unwrap();
-        let other = store.create_team("other").await.unwrap().id;
-        let s = store.add_secret(&team, "a", b"1", "{}").await.unwrap().unwrap();
-        assert_eq!(s.version, 1);
-        assert!(store.add_secret(&team, "a", b"2", "{}").await.unwrap().is_none());
-        assert!(store.add_secret(&other, "a", b"3", "{}").await.unwrap().is_some());
-        store.update_secret(&s.id, b"4", Some("{\"x\":\"y\"}")).await.unwrap();
-        store.update_secret(&s.id, b"5", None).await.unwrap();
-        let now = store.secret(&team, "a").await.unwrap().unwrap();
-        assert_eq!((now.version, now.metadata.as_str(), &now.id), (3, "{\"x\":\"y\"}", &s.id));
-        assert_eq!(store.sealed(&team, "a").await.unwrap().unwrap(), b"5");
-        assert!(store.secret(&other, &s.id).await.unwrap().is_none());
-        store.add_secret(&team, "b", b"", "{}").await.unwrap();
-        let names = |rows: Vec<SecretRow>| rows.into_iter().map(|r| r.name).collect::<Vec<_>>();
-        assert_eq!(names(store.secrets(&team, "", 1).await.unwrap()), ["a"]);
-        assert_eq!(names(store.secrets(&team, "a", 9).await.unwrap()), ["b"]);
-        store.delete_secret(&s.id).await.unwrap();
-        assert!(store.secret(&team, "a").await.unwrap().is_none());
+        for made in stores().await {
+            let store = &made.store;
+            let team = store.default_team().await.unwrap();
+            let other = store.create_team("other").await.unwrap().id;
+            let s = store.add_secret(&team, "a", b"1", "{}").await.unwrap().unwrap();
+            assert_eq!(s.version, 1);
+            assert!(store.add_secret(&team, "a", b"2", "{}").await.unwrap().is_none());
+            assert!(store.add_secret(&other, "a", b"3", "{}").await.unwrap().is_some());
+            store.update_secret(&s.id, b"4", Some("{\"x\":\"y\"}")).await.unwrap();
+            store.update_secret(&s.id, b"5", None).await.unwrap();
+            let now = store.secret(&team, "a").await.unwrap().unwrap();
+            assert_eq!((now.version, now.metadata.as_str(), &now.id), (3, "{\"x\":\"y\"}", &s.id));
+            assert_eq!(store.sealed(&team, "a").await.unwrap().unwrap(), b"5");
+            assert!(store.secret(&other, &s.id).await.unwrap().is_none());
+            store.add_secret(&team, "b", b"", "{}").await.unwrap();
+            let names = |rows: Vec<SecretRow>| rows.into_iter().map(|r| r.name).collect::<Vec<_>>();
+            assert_eq!(names(store.secrets(&team, "", 1).await.unwrap()), ["a"]);
+            assert_eq!(names(store.secrets(&team, "a", 9).await.unwrap()), ["b"]);
+            store.delete_secret(&s.id).await.unwrap();
+            assert!(store.secret(&team, "a").await.unwrap().is_none());
+        }
     }
 }

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use nidus_proto::node::SandboxConfig;
 use prost::Message;
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
 use super::{Store, StoreError, now, sql, time};
 
@@ -33,7 +33,7 @@ macro_rules! select {
     };
 }
 
-fn row(r: &SqliteRow) -> Result<SnapshotRow, sqlx::Error> {
+fn row(r: &AnyRow) -> Result<SnapshotRow, sqlx::Error> {
     let config: Vec<u8> = r.try_get(3)?;
     let config = SandboxConfig::decode(config.as_slice()).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
     Ok(SnapshotRow {
@@ -43,7 +43,7 @@ fn row(r: &SqliteRow) -> Result<SnapshotRow, sqlx::Error> {
         config,
         started_at: time(r.try_get(4)?),
         paused_at: time(r.try_get(5)?),
-        filesystem_only: r.try_get(6)?,
+        filesystem_only: r.try_get::<i64, _>(6)? != 0,
     })
 }
 
@@ -58,7 +58,7 @@ impl Store {
         sqlx::query(
             "INSERT INTO snapshots \
              (build_id, sandbox_id, team_id, status, config, started_at, paused_at, filesystem_only) \
-             VALUES (?, ?, ?, 'pausing', ?, ?, ?, ?)",
+             VALUES ($1, $2, $3, 'pausing', $4, $5, $6, $7)",
         )
         .bind(&config.build_id)
         .bind(&config.sandbox_id)
@@ -66,7 +66,7 @@ impl Store {
         .bind(config.encode_to_vec())
         .bind(started_at.timestamp_millis())
         .bind(now())
-        .bind(filesystem_only)
+        .bind(i64::from(filesystem_only))
         .execute(&self.pool)
         .await
         .map(drop)
@@ -75,7 +75,7 @@ impl Store {
 
     /// The build is there.
     pub(crate) async fn finish_pause(&self, build: &str) -> Result<(), StoreError> {
-        sqlx::query("UPDATE snapshots SET status = 'paused', paused_at = ? WHERE build_id = ?")
+        sqlx::query("UPDATE snapshots SET status = 'paused', paused_at = $1 WHERE build_id = $2")
             .bind(now())
             .bind(build)
             .execute(&self.pool)
@@ -86,7 +86,7 @@ impl Store {
 
     /// There is no such build, or no more.
     pub(crate) async fn forget_snapshot(&self, build: &str) -> Result<(), StoreError> {
-        sqlx::query("DELETE FROM snapshots WHERE build_id = ?")
+        sqlx::query("DELETE FROM snapshots WHERE build_id = $1")
             .bind(build)
             .execute(&self.pool)
             .await
@@ -101,7 +101,7 @@ impl Store {
         sandbox: &str,
     ) -> Result<Vec<SnapshotRow>, StoreError> {
         let wrap = sql("look a paused sandbox up");
-        let rows = sqlx::query(select!("WHERE team_id = ? AND sandbox_id = ? ORDER BY rowid DESC"))
+        let rows = sqlx::query(select!("WHERE team_id = $1 AND sandbox_id = $2 ORDER BY rowid DESC"))
             .bind(team)
             .bind(sandbox)
             .fetch_all(&self.pool)
@@ -113,7 +113,7 @@ impl Store {
     /// The newest build of a sandbox, whosever it is.
     pub(crate) async fn newest_snapshot(&self, sandbox: &str) -> Result<Option<SnapshotRow>, StoreError> {
         let wrap = sql("look a paused sandbox up");
-        let found = sqlx::query(select!("WHERE sandbox_id = ? ORDER BY rowid DESC LIMIT 1"))
+        let found = sqlx::query(select!("WHERE sandbox_id = $1 ORDER BY rowid DESC LIMIT 1"))
             .bind(sandbox)
             .fetch_optional(&self.pool)
             .await
@@ -125,7 +125,7 @@ impl Store {
     pub(crate) async fn snapshots(&self, team: &str) -> Result<Vec<SnapshotRow>, StoreError> {
         let wrap = sql("list paused sandboxes");
         let rows = sqlx::query(select!(
-            "WHERE team_id = ? AND rowid IN (SELECT max(rowid) FROM snapshots GROUP BY sandbox_id)"
+            "WHERE team_id = $1 AND rowid IN (SELECT max(rowid) FROM snapshots GROUP BY sandbox_id)"
         ))
         .bind(team)
         .fetch_all(&self.pool)
@@ -145,39 +145,41 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::stores;
     use super::*;
 
     #[tokio::test]
     async fn a_pause_is_noted_before_it_is_done() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let team = store.default_team().await.unwrap();
-        let config = |sandbox: &str, build: &str| SandboxConfig {
-            sandbox_id: sandbox.into(),
-            build_id: build.into(),
-            team_id: team.clone(),
-            metadata: [("k".into(), "\u{17e}".into())].into(),
-            ..Default::default()
-        };
-        let started = DateTime::from_timestamp(5, 0).unwrap();
-        for (sandbox, build) in [("a", "1"), ("b", "2"), ("a", "3")] {
-            store.begin_pause(&config(sandbox, build), started, build == "3").await.unwrap();
+        for made in stores().await {
+            let store = &made.store;
+            let team = store.default_team().await.unwrap();
+            let config = |sandbox: &str, build: &str| SandboxConfig {
+                sandbox_id: sandbox.into(),
+                build_id: build.into(),
+                team_id: team.clone(),
+                metadata: [("k".into(), "\u{17e}".into())].into(),
+                ..Default::default()
+            };
+            let started = DateTime::from_timestamp(5, 0).unwrap();
+            for (sandbox, build) in [("a", "1"), ("b", "2"), ("a", "3")] {
+                store.begin_pause(&config(sandbox, build), started, build == "3").await.unwrap();
+            }
+            assert_eq!(store.interrupted_pauses().await.unwrap().len(), 3);
+            store.finish_pause("1").await.unwrap();
+            let of_a = store.snapshots_of(&team, "a").await.unwrap();
+            let seen: Vec<_> = of_a.iter().map(|s| (s.build_id.as_str(), s.paused)).collect();
+            assert_eq!(seen, [("3", false), ("1", true)]);
+            assert!(of_a[0].filesystem_only && !of_a[1].filesystem_only);
+            assert_eq!((&of_a[0].config, of_a[0].started_at), (&config("a", "3"), started));
+            assert!(store.snapshots_of("another", "a").await.unwrap().is_empty());
+            assert_eq!(store.newest_snapshot("a").await.unwrap().unwrap().build_id, "3");
+            assert!(store.newest_snapshot("c").await.unwrap().is_none());
+            let mut newest: Vec<_> =
+                store.snapshots(&team).await.unwrap().into_iter().map(|s| s.build_id).collect();
+            newest.sort();
+            assert_eq!(newest, ["2", "3"]);
+            store.forget_snapshot("3").await.unwrap();
+            assert_eq!(store.snapshots_of(&team, "a").await.unwrap()[0].build_id, "1");
         }
-        assert_eq!(store.interrupted_pauses().await.unwrap().len(), 3);
-        store.finish_pause("1").await.unwrap();
-        let of_a = store.snapshots_of(&team, "a").await.unwrap();
-        let seen: Vec<_> = of_a.iter().map(|s| (s.build_id.as_str(), s.paused)).collect();
-        assert_eq!(seen, [("3", false), ("1", true)]);
-        assert!(of_a[0].filesystem_only && !of_a[1].filesystem_only);
-        assert_eq!((&of_a[0].config, of_a[0].started_at), (&config("a", "3"), started));
-        assert!(store.snapshots_of("another", "a").await.unwrap().is_empty());
-        assert_eq!(store.newest_snapshot("a").await.unwrap().unwrap().build_id, "3");
-        assert!(store.newest_snapshot("c").await.unwrap().is_none());
-        let mut newest: Vec<_> =
-            store.snapshots(&team).await.unwrap().into_iter().map(|s| s.build_id).collect();
-        newest.sort();
-        assert_eq!(newest, ["2", "3"]);
-        store.forget_snapshot("3").await.unwrap();
-        assert_eq!(store.snapshots_of(&team, "a").await.unwrap()[0].build_id, "1");
     }
 }

@@ -33,11 +33,11 @@ impl Store {
         tags: &[String],
     ) -> Result<(), StoreError> {
         let wrap = sql("set tags");
-        let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
+        let mut tx = self.write().await.map_err(&wrap)?;
         for tag in tags {
             sqlx::query(
-                "INSERT INTO tags (template_id, tag, build_id, created_at) VALUES (?1, ?2, ?3, ?4) \
-                 ON CONFLICT (template_id, tag) DO UPDATE SET build_id = ?3, created_at = ?4",
+                "INSERT INTO tags (template_id, tag, build_id, created_at) VALUES ($1, $2, $3, $4) \
+                 ON CONFLICT (template_id, tag) DO UPDATE SET build_id = $3, created_at = $4",
             )
             .bind(template)
             .bind(tag)
@@ -47,7 +47,7 @@ impl Store {
             .await
             .map_err(&wrap)?;
             sqlx::query(
-                "INSERT INTO tag_assignments (id, template_id, tag, build_id, assigned_at) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO tag_assignments (id, template_id, tag, build_id, assigned_at) VALUES ($1, $2, $3, $4, $5)",
             )
             .bind(uuid::Uuid::new_v4().to_string())
             .bind(template)
@@ -67,13 +67,13 @@ impl Store {
         let rows = sqlx::query(
             "SELECT a.id, a.tag, a.build_id, a.assigned_at, b.created_at, b.finished_at FROM tag_assignments a \
              JOIN builds b ON b.id = a.build_id JOIN tags t ON t.template_id = a.template_id AND t.tag = a.tag \
-             WHERE a.template_id = ? ORDER BY a.assigned_at DESC, a.rowid DESC",
+             WHERE a.template_id = $1 ORDER BY a.assigned_at DESC, a.rowid DESC",
         )
         .bind(template)
         .fetch_all(&self.pool)
         .await
         .map_err(&wrap)?;
-        let row = |r: &sqlx::sqlite::SqliteRow| {
+        let row = |r: &sqlx::any::AnyRow| {
             Ok(AssignmentRow {
                 id: r.try_get(0)?,
                 tag: r.try_get(1)?,
@@ -90,8 +90,8 @@ impl Store {
     pub(crate) async fn remove_tags(&self, template: &str, tags: &[String]) -> Result<(), StoreError> {
         for tag in tags {
             for query in [
-                "DELETE FROM tags WHERE template_id = ? AND tag = ?",
-                "DELETE FROM tag_assignments WHERE template_id = ? AND tag = ?",
+                "DELETE FROM tags WHERE template_id = $1 AND tag = $2",
+                "DELETE FROM tag_assignments WHERE template_id = $1 AND tag = $2",
             ] {
                 sqlx::query(query)
                     .bind(template)
@@ -108,13 +108,13 @@ impl Store {
     pub(crate) async fn tags(&self, template: &str) -> Result<Vec<TagRow>, StoreError> {
         let wrap = sql("list tags");
         let rows = sqlx::query(
-            "SELECT tag, build_id, created_at FROM tags WHERE template_id = ? ORDER BY created_at DESC, tag",
+            "SELECT tag, build_id, created_at FROM tags WHERE template_id = $1 ORDER BY created_at DESC, tag",
         )
         .bind(template)
         .fetch_all(&self.pool)
         .await
         .map_err(&wrap)?;
-        let row = |r: &sqlx::sqlite::SqliteRow| {
+        let row = |r: &sqlx::any::AnyRow| {
             Ok(TagRow { tag: r.try_get(0)?, build_id: r.try_get(1)?, created_at: time(r.try_get(2)?) })
         };
         rows.iter().map(row).collect::<Result<_, _>>().map_err(wrap)
@@ -122,7 +122,7 @@ impl Store {
 
     /// Sets the tags that a build gets when it is ready.
     pub(crate) async fn want_tags(&self, build: &str, tags: &[String]) -> Result<(), StoreError> {
-        sqlx::query("UPDATE builds SET wanted_tags = ? WHERE id = ?")
+        sqlx::query("UPDATE builds SET wanted_tags = $1 WHERE id = $2")
             .bind(tags.join(","))
             .bind(build)
             .execute(&self.pool)
@@ -133,7 +133,7 @@ impl Store {
 
     /// The tags that a build gets when it is ready.
     pub(crate) async fn wanted_tags(&self, build: &str) -> Result<Vec<String>, StoreError> {
-        let text: Option<String> = sqlx::query_scalar("SELECT wanted_tags FROM builds WHERE id = ?")
+        let text: Option<String> = sqlx::query_scalar("SELECT wanted_tags FROM builds WHERE id = $1")
             .bind(build)
             .fetch_optional(&self.pool)
             .await
@@ -148,7 +148,7 @@ impl Store {
         step: Option<&str>,
         layer: Option<&str>,
     ) -> Result<(), StoreError> {
-        sqlx::query("UPDATE builds SET failed_step = ?, failed_layer = ? WHERE id = ?")
+        sqlx::query("UPDATE builds SET failed_step = $1, failed_layer = $2 WHERE id = $3")
             .bind(step)
             .bind(layer)
             .bind(build)
@@ -166,7 +166,7 @@ impl Store {
         memory_mb: i64,
         disk_mb: i64,
     ) -> Result<(), StoreError> {
-        sqlx::query("UPDATE builds SET cpu_count = ?, memory_mb = ?, disk_mb = ? WHERE id = ?")
+        sqlx::query("UPDATE builds SET cpu_count = $1, memory_mb = $2, disk_mb = $3 WHERE id = $4")
             .bind(cpu)
             .bind(memory_mb)
             .bind(disk_mb)
@@ -179,8 +179,8 @@ impl Store {
 
     /// Sets whether others may use a template.
     pub(crate) async fn set_public(&self, template: &str, public: bool) -> Result<(), StoreError> {
-        sqlx::query("UPDATE templates SET public = ?, updated_at = ? WHERE id = ?")
-            .bind(public)
+        sqlx::query("UPDATE templates SET public = $1, updated_at = $2 WHERE id = $3")
+            .bind(i64::from(public))
             .bind(now())
             .bind(template)
             .execute(&self.pool)
@@ -192,38 +192,40 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::stores;
     use super::*;
 
     #[tokio::test]
     async fn a_tag_belongs_to_one_build() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let team = store.default_team().await.unwrap();
-        let t = store.put_template(&team, "t", false).await.unwrap();
-        for build in ["a", "b"] {
-            store.add_build(build, &t.id, 1, 512).await.unwrap();
+        for made in stores().await {
+            let store = &made.store;
+            let team = store.default_team().await.unwrap();
+            let t = store.put_template(&team, "t", false).await.unwrap();
+            for build in ["a", "b"] {
+                store.add_build(build, &t.id, 1, 512).await.unwrap();
+            }
+            let tags = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+            store.put_tags(&t.id, "a", &tags(&["default", "v1"])).await.unwrap();
+            store.put_tags(&t.id, "b", &tags(&["default"])).await.unwrap();
+            let of = |rows: Vec<TagRow>| {
+                let mut all: Vec<_> = rows.into_iter().map(|r| (r.tag, r.build_id)).collect();
+                all.sort();
+                all
+            };
+            let pair = |t: &str, b: &str| (t.to_owned(), b.to_owned());
+            assert_eq!(of(store.tags(&t.id).await.unwrap()), [pair("default", "b"), pair("v1", "a")]);
+            let stood: Vec<_> = store.assignments(&t.id).await.unwrap();
+            let stood: Vec<_> = stood.into_iter().map(|a| (a.tag, a.build_id)).collect();
+            assert_eq!(stood, [pair("default", "b"), pair("v1", "a"), pair("default", "a")]);
+            store.remove_tags(&t.id, &tags(&["v1", "none"])).await.unwrap();
+            assert_eq!(store.assignments(&t.id).await.unwrap().len(), 2);
+            assert_eq!(of(store.tags(&t.id).await.unwrap()), [pair("default", "b")]);
+            store.want_tags("a", &tags(&["x", "y"])).await.unwrap();
+            assert_eq!(store.wanted_tags("a").await.unwrap(), ["x", "y"]);
+            assert!(store.wanted_tags("b").await.unwrap().is_empty());
+            store.set_failure("a", Some("2"), Some("l")).await.unwrap();
+            let a = store.build("a").await.unwrap().unwrap();
+            assert_eq!((a.failed_step.as_deref(), a.failed_layer.as_deref()), (Some("2"), Some("l")));
         }
-        let tags = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
-        store.put_tags(&t.id, "a", &tags(&["default", "v1"])).await.unwrap();
-        store.put_tags(&t.id, "b", &tags(&["default"])).await.unwrap();
-        let of = |rows: Vec<TagRow>| {
-            let mut all: Vec<_> = rows.into_iter().map(|r| (r.tag, r.build_id)).collect();
-            all.sort();
-            all
-        };
-        let pair = |t: &str, b: &str| (t.to_owned(), b.to_owned());
-        assert_eq!(of(store.tags(&t.id).await.unwrap()), [pair("default", "b"), pair("v1", "a")]);
-        let stood: Vec<_> = store.assignments(&t.id).await.unwrap();
-        let stood: Vec<_> = stood.into_iter().map(|a| (a.tag, a.build_id)).collect();
-        assert_eq!(stood, [pair("default", "b"), pair("v1", "a"), pair("default", "a")]);
-        store.remove_tags(&t.id, &tags(&["v1", "none"])).await.unwrap();
-        assert_eq!(store.assignments(&t.id).await.unwrap().len(), 2);
-        assert_eq!(of(store.tags(&t.id).await.unwrap()), [pair("default", "b")]);
-        store.want_tags("a", &tags(&["x", "y"])).await.unwrap();
-        assert_eq!(store.wanted_tags("a").await.unwrap(), ["x", "y"]);
-        assert!(store.wanted_tags("b").await.unwrap().is_empty());
-        store.set_failure("a", Some("2"), Some("l")).await.unwrap();
-        let a = store.build("a").await.unwrap().unwrap();
-        assert_eq!((a.failed_step.as_deref(), a.failed_layer.as_deref()), (Some("2"), Some("l")));
     }
 }

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 use uuid::Uuid;
 
 use super::{Store, StoreError, now, sql, time};
@@ -26,7 +26,7 @@ pub struct TeamRow {
 pub(super) const TEAM: &str = "t.id, t.name, t.max_sandboxes, t.blocked, t.created_at";
 
 /// From the columns [`TEAM`], the first of which is this one.
-pub(super) fn team(r: &SqliteRow, first: usize) -> Result<TeamRow, sqlx::Error> {
+pub(super) fn team(r: &AnyRow, first: usize) -> Result<TeamRow, sqlx::Error> {
     Ok(TeamRow {
         id: r.try_get(first)?,
         name: r.try_get(first + 1)?,
@@ -41,7 +41,7 @@ impl Store {
     pub async fn create_team(&self, name: &str) -> Result<TeamRow, StoreError> {
         let id = Uuid::new_v4().to_string();
         let at = now();
-        sqlx::query("INSERT INTO teams (id, name, created_at) VALUES (?, ?, ?)")
+        sqlx::query("INSERT INTO teams (id, name, created_at) VALUES ($1, $2, $3)")
             .bind(&id)
             .bind(name)
             .bind(at)
@@ -71,7 +71,7 @@ impl Store {
 
     /// Sets how many sandboxes a team may run at once (0 is without a limit).
     pub async fn limit_team(&self, id: &str, max_sandboxes: i64) -> Result<(), StoreError> {
-        sqlx::query("UPDATE teams SET max_sandboxes = ? WHERE id = ?")
+        sqlx::query("UPDATE teams SET max_sandboxes = $1 WHERE id = $2")
             .bind(max_sandboxes)
             .bind(id)
             .execute(&self.pool)
@@ -82,7 +82,7 @@ impl Store {
 
     /// Shuts a team out, for the reason given, or lets it in again.
     pub async fn block_team(&self, id: &str, reason: Option<&str>) -> Result<(), StoreError> {
-        sqlx::query("UPDATE teams SET blocked = ? WHERE id = ?")
+        sqlx::query("UPDATE teams SET blocked = $1 WHERE id = $2")
             .bind(reason)
             .bind(id)
             .execute(&self.pool)
@@ -94,26 +94,27 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::super::testing::stores;
 
     #[tokio::test]
     async fn teams_are_found_limited_and_blocked() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let t = store.create_team("second").await.unwrap();
-        assert_eq!(store.teams().await.unwrap().len(), 2);
-        assert_eq!(store.team("second").await.unwrap().unwrap().id, t.id);
-        assert_eq!(store.team(&t.id).await.unwrap().unwrap().name, "second");
-        store.create_team("second").await.unwrap();
-        assert!(store.team("second").await.unwrap().is_none(), "which of the two?");
-        store.limit_team(&t.id, 3).await.unwrap();
-        store.block_team(&t.id, Some("unpaid")).await.unwrap();
-        let known = store.team(&t.id).await.unwrap().unwrap();
-        assert_eq!((known.max_sandboxes, known.blocked.as_deref()), (3, Some("unpaid")));
-        let key = store.create_key(&t.id, "k").await.unwrap();
-        let by_key = store.team_of_key(&key.key).await.unwrap().unwrap();
-        assert_eq!((by_key.id, by_key.blocked.as_deref()), (t.id.clone(), Some("unpaid")));
-        store.block_team(&t.id, None).await.unwrap();
-        assert!(store.team(&t.id).await.unwrap().unwrap().blocked.is_none());
+        for made in stores().await {
+            let store = &made.store;
+            let t = store.create_team("second").await.unwrap();
+            assert_eq!(store.teams().await.unwrap().len(), 2);
+            assert_eq!(store.team("second").await.unwrap().unwrap().id, t.id);
+            assert_eq!(store.team(&t.id).await.unwrap().unwrap().name, "second");
+            store.create_team("second").await.unwrap();
+            assert!(store.team("second").await.unwrap().is_none(), "which of the two?");
+            store.limit_team(&t.id, 3).await.unwrap();
+            store.block_team(&t.id, Some("unpaid")).await.unwrap();
+            let known = store.team(&t.id).await.unwrap().unwrap();
+            assert_eq!((known.max_sandboxes, known.blocked.as_deref()), (3, Some("unpaid")));
+            let key = store.create_key(&t.id, "k").await.unwrap();
+            let by_key = store.team_of_key(&key.key).await.unwrap().unwrap();
+            assert_eq!((by_key.id, by_key.blocked.as_deref()), (t.id.clone(), Some("unpaid")));
+            store.block_team(&t.id, None).await.unwrap();
+            assert!(store.team(&t.id).await.unwrap().unwrap().blocked.is_none());
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! Templates, their names and their builds.
 
 use chrono::{DateTime, Utc};
+use sqlx::AnyConnection;
 use sqlx::Row;
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::any::AnyRow;
 
 use super::{Store, StoreError, now, sql, time};
 
@@ -82,7 +83,7 @@ pub struct BuildRow {
 const BUILD: &str = "SELECT id, template_id, status, reason, cpu_count, memory_mb, disk_mb, envd_version, \
     kernel_version, vmm_version, created_at, updated_at, finished_at, failed_step, failed_layer FROM builds";
 
-fn build(r: &SqliteRow) -> Result<BuildRow, sqlx::Error> {
+fn build(r: &AnyRow) -> Result<BuildRow, sqlx::Error> {
     Ok(BuildRow {
         id: r.try_get(0)?,
         template_id: r.try_get(1)?,
@@ -102,12 +103,12 @@ fn build(r: &SqliteRow) -> Result<BuildRow, sqlx::Error> {
     })
 }
 
-pub(super) fn template(r: &SqliteRow) -> Result<TemplateRow, sqlx::Error> {
+pub(super) fn template(r: &AnyRow) -> Result<TemplateRow, sqlx::Error> {
     let names: Option<String> = r.try_get(7)?;
     Ok(TemplateRow {
         id: r.try_get(0)?,
         team_id: r.try_get(1)?,
-        public: r.try_get(2)?,
+        public: r.try_get::<i64, _>(2)? != 0,
         created_at: time(r.try_get(3)?),
         updated_at: time(r.try_get(4)?),
         spawn_count: r.try_get(5)?,
@@ -122,7 +123,7 @@ macro_rules! template_query {
     ($where:literal) => {
         concat!(
             "SELECT t.id, t.team_id, t.public, t.created_at, t.updated_at, t.spawn_count, t.last_spawned_at, ",
-            "(SELECT group_concat(alias, ',') FROM aliases a WHERE a.template_id = t.id), t.snapshot_of, t.rowid ",
+            "(SELECT string_agg(alias, ',') FROM aliases a WHERE a.template_id = t.id), t.snapshot_of, t.rowid ",
             "FROM templates t ",
             $where
         )
@@ -133,13 +134,13 @@ pub(super) use template_query;
 
 /// The template of this name, or a new one.
 pub(super) async fn find_or_add(
-    tx: &mut SqliteConnection,
+    tx: &mut AnyConnection,
     team: &str,
     name: Option<&str>,
     public: bool,
 ) -> Result<TemplateRow, StoreError> {
     let wrap = sql("add a template");
-    let known: Option<String> = sqlx::query_scalar("SELECT template_id FROM aliases WHERE alias = ?")
+    let known: Option<String> = sqlx::query_scalar("SELECT template_id FROM aliases WHERE alias = $1")
         .bind(name)
         .fetch_optional(&mut *tx)
         .await
@@ -149,18 +150,18 @@ pub(super) async fn find_or_add(
         None => {
             let id = crate::sandboxes::random_id(20).map_err(StoreError::Random)?;
             sqlx::query(
-                "INSERT INTO templates (id, team_id, public, created_at, updated_at) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO templates (id, team_id, public, created_at, updated_at) VALUES ($1, $2, $3, $4, $5)",
             )
             .bind(&id)
             .bind(team)
-            .bind(public)
+            .bind(i64::from(public))
             .bind(now())
             .bind(now())
             .execute(&mut *tx)
             .await
             .map_err(&wrap)?;
             if let Some(name) = name {
-                sqlx::query("INSERT INTO aliases (alias, template_id) VALUES (?, ?)")
+                sqlx::query("INSERT INTO aliases (alias, template_id) VALUES ($1, $2)")
                     .bind(name)
                     .bind(&id)
                     .execute(&mut *tx)
@@ -171,7 +172,7 @@ pub(super) async fn find_or_add(
         }
     };
     let row =
-        sqlx::query(template_query!("WHERE t.id = ?")).bind(&id).fetch_one(&mut *tx).await.map_err(&wrap)?;
+        sqlx::query(template_query!("WHERE t.id = $1")).bind(&id).fetch_one(&mut *tx).await.map_err(&wrap)?;
     template(&row).map_err(wrap)
 }
 
@@ -184,7 +185,7 @@ impl Store {
         public: bool,
     ) -> Result<TemplateRow, StoreError> {
         let wrap = sql("add a template");
-        let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(&wrap)?;
+        let mut tx = self.write().await.map_err(&wrap)?;
         let found = find_or_add(&mut tx, team, Some(name), public).await?;
         tx.commit().await.map_err(&wrap)?;
         Ok(found)
@@ -194,7 +195,7 @@ impl Store {
     pub(crate) async fn template(&self, id_or_name: &str) -> Result<Option<TemplateRow>, StoreError> {
         let wrap = sql("look a template up");
         let row = sqlx::query(template_query!(
-            "WHERE t.id = ?1 OR t.id = (SELECT template_id FROM aliases WHERE alias = ?1)"
+            "WHERE t.id = $1 OR t.id = (SELECT template_id FROM aliases WHERE alias = $1)"
         ))
         .bind(id_or_name)
         .fetch_optional(&self.pool)
@@ -207,7 +208,7 @@ impl Store {
     pub(crate) async fn templates(&self, team: &str) -> Result<Vec<TemplateRow>, StoreError> {
         let wrap = sql("list the templates");
         let rows = sqlx::query(template_query!(
-            "WHERE (t.team_id = ? OR t.public) AND t.snapshot_of IS NULL ORDER BY t.created_at, t.id"
+            "WHERE (t.team_id = $1 OR t.public <> 0) AND t.snapshot_of IS NULL ORDER BY t.created_at, t.id"
         ))
         .bind(team)
         .fetch_all(&self.pool)
@@ -218,7 +219,7 @@ impl Store {
 
     /// Deletes a template with its names and builds.
     pub(crate) async fn delete_template(&self, id: &str) -> Result<(), StoreError> {
-        sqlx::query("DELETE FROM templates WHERE id = ?")
+        sqlx::query("DELETE FROM templates WHERE id = $1")
             .bind(id)
             .execute(&self.pool)
             .await
@@ -228,7 +229,7 @@ impl Store {
 
     /// One more sandbox was made of it.
     pub(crate) async fn count_spawn(&self, id: &str) -> Result<(), StoreError> {
-        sqlx::query("UPDATE templates SET spawn_count = spawn_count + 1, last_spawned_at = ? WHERE id = ?")
+        sqlx::query("UPDATE templates SET spawn_count = spawn_count + 1, last_spawned_at = $1 WHERE id = $2")
             .bind(now())
             .bind(id)
             .execute(&self.pool)
@@ -247,7 +248,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         sqlx::query(
             "INSERT INTO builds (id, template_id, status, cpu_count, memory_mb, disk_mb, created_at, updated_at) \
-             VALUES (?, ?, 'waiting', ?, ?, 0, ?, ?)",
+             VALUES ($1, $2, 'waiting', $3, $4, 0, $5, $6)",
         )
         .bind(id)
         .bind(template)
@@ -264,7 +265,7 @@ impl Store {
     /// A build by id.
     pub(crate) async fn build(&self, id: &str) -> Result<Option<BuildRow>, StoreError> {
         let wrap = sql("look a build up");
-        let query = sqlx::AssertSqlSafe(format!("{BUILD} WHERE id = ?"));
+        let query = sqlx::AssertSqlSafe(format!("{BUILD} WHERE id = $1"));
         let row = sqlx::query(query).bind(id).fetch_optional(&self.pool).await.map_err(&wrap)?;
         row.as_ref().map(build).transpose().map_err(wrap)
     }
@@ -273,7 +274,7 @@ impl Store {
     pub(crate) async fn builds(&self, template: &str) -> Result<Vec<BuildRow>, StoreError> {
         let wrap = sql("list builds");
         let query = sqlx::AssertSqlSafe(format!(
-            "{BUILD} WHERE template_id = ? ORDER BY created_at DESC, rowid DESC"
+            "{BUILD} WHERE template_id = $1 ORDER BY created_at DESC, rowid DESC"
         ));
         let rows = sqlx::query(query).bind(template).fetch_all(&self.pool).await.map_err(&wrap)?;
         rows.iter().map(build).collect::<Result<_, _>>().map_err(wrap)
@@ -285,7 +286,7 @@ impl Store {
         // In one statement, since a build may go from one table to another.
         sqlx::query_scalar(
             "SELECT id FROM builds WHERE status != 'error' \
-             UNION SELECT build_id FROM snapshots UNION SELECT build_id FROM checkpoints",
+             UNION SELECT build_id FROM snapshots UNION SELECT build_id FROM checkpoints ORDER BY 1",
         )
         .fetch_all(&self.pool)
         .await
@@ -296,7 +297,7 @@ impl Store {
     pub(crate) async fn fail_interrupted_builds(&self) -> Result<(), StoreError> {
         sqlx::query(
             "UPDATE builds SET status = 'error', reason = 'nidus was stopped while it was built', \
-             updated_at = ?1, finished_at = ?1 WHERE status = 'building'",
+             updated_at = $1, finished_at = $1 WHERE status = 'building'",
         )
         .bind(now())
         .execute(&self.pool)
@@ -313,16 +314,18 @@ impl Store {
         reason: Option<&str>,
     ) -> Result<(), StoreError> {
         let finished = matches!(status, BuildStatus::Ready | BuildStatus::Error).then(now);
-        sqlx::query("UPDATE builds SET status = ?, reason = ?, updated_at = ?, finished_at = ? WHERE id = ?")
-            .bind(status.name())
-            .bind(reason)
-            .bind(now())
-            .bind(finished)
-            .bind(id)
-            .execute(&self.pool)
-            .await
-            .map(drop)
-            .map_err(sql("change a build"))
+        sqlx::query(
+            "UPDATE builds SET status = $1, reason = $2, updated_at = $3, finished_at = $4 WHERE id = $5",
+        )
+        .bind(status.name())
+        .bind(reason)
+        .bind(now())
+        .bind(finished)
+        .bind(id)
+        .execute(&self.pool)
+        .await
+        .map(drop)
+        .map_err(sql("change a build"))
     }
 
     /// Sets what a finished build is.
@@ -335,8 +338,8 @@ impl Store {
         vmm: &str,
     ) -> Result<(), StoreError> {
         sqlx::query(
-            "UPDATE builds SET disk_mb = ?1, envd_version = ?2, kernel_version = ?3, vmm_version = ?4, \
-             status = 'ready', reason = NULL, updated_at = ?5, finished_at = ?5 WHERE id = ?6",
+            "UPDATE builds SET disk_mb = $1, envd_version = $2, kernel_version = $3, vmm_version = $4, \
+             status = 'ready', reason = NULL, updated_at = $5, finished_at = $5 WHERE id = $6",
         )
         .bind(disk_mb)
         .bind(envd)
@@ -353,58 +356,61 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::stores;
     use super::*;
 
     #[tokio::test]
     async fn builds_are_kept_unless_they_failed() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let team = store.default_team().await.unwrap();
-        let t = store.put_template(&team, "base", true).await.unwrap();
-        for build in ["waiting", "building", "ready", "failed"] {
-            store.add_build(build, &t.id, 1, 512).await.unwrap();
+        for made in stores().await {
+            let store = &made.store;
+            let team = store.default_team().await.unwrap();
+            let t = store.put_template(&team, "base", true).await.unwrap();
+            for build in ["waiting", "building", "ready", "failed"] {
+                store.add_build(build, &t.id, 1, 512).await.unwrap();
+            }
+            store.set_build("building", BuildStatus::Building, None).await.unwrap();
+            store.finish_build("ready", 2048, "0.6", "6.1", "qemu").await.unwrap();
+            store.set_build("failed", BuildStatus::Error, Some("why")).await.unwrap();
+            let config = nidus_proto::node::SandboxConfig { build_id: "paused".into(), ..Default::default() };
+            let config = nidus_proto::node::SandboxConfig { team_id: team, ..config };
+            store.begin_pause(&config, Utc::now(), false).await.unwrap();
+            store.note_checkpoint("checkpoint", &t.id).await.unwrap();
+            let kept = store.kept_builds().await.unwrap();
+            assert_eq!(kept, ["building", "checkpoint", "paused", "ready", "waiting"]);
+            store.delete_template(&t.id).await.unwrap();
+            assert_eq!(store.kept_builds().await.unwrap(), ["checkpoint", "paused"]);
         }
-        store.set_build("building", BuildStatus::Building, None).await.unwrap();
-        store.finish_build("ready", 2048, "0.6", "6.1", "qemu").await.unwrap();
-        store.set_build("failed", BuildStatus::Error, Some("why")).await.unwrap();
-        let config = nidus_proto::node::SandboxConfig { build_id: "paused".into(), ..Default::default() };
-        let config = nidus_proto::node::SandboxConfig { team_id: team, ..config };
-        store.begin_pause(&config, Utc::now(), false).await.unwrap();
-        store.note_checkpoint("checkpoint", &t.id).await.unwrap();
-        let kept = store.kept_builds().await.unwrap();
-        assert_eq!(kept, ["building", "checkpoint", "paused", "ready", "waiting"]);
-        store.delete_template(&t.id).await.unwrap();
-        assert_eq!(store.kept_builds().await.unwrap(), ["checkpoint", "paused"]);
     }
 
     #[tokio::test]
     async fn a_templates_life() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("db")).await.unwrap();
-        let team = store.default_team().await.unwrap();
-        let t = store.put_template(&team, "base", true).await.unwrap();
-        assert_eq!(store.put_template(&team, "base", true).await.unwrap().id, t.id);
-        assert_eq!(store.template("base").await.unwrap().unwrap().id, t.id);
-        assert_eq!(store.template(&t.id).await.unwrap().unwrap().aliases, ["base"]);
-        assert!(store.template("other").await.unwrap().is_none());
-        store.add_build("b1", &t.id, 1, 512).await.unwrap();
-        store.set_build("b1", BuildStatus::Building, None).await.unwrap();
-        store.fail_interrupted_builds().await.unwrap();
-        let b = store.build("b1").await.unwrap().unwrap();
-        assert!(b.status == BuildStatus::Error && b.reason.is_some() && b.finished_at.is_some());
-        store.add_build("b2", &t.id, 1, 512).await.unwrap();
-        store.finish_build("b2", 2048, "0.6", "6.1", "qemu").await.unwrap();
-        let builds = store.builds(&t.id).await.unwrap();
-        assert_eq!(builds.iter().map(|b| b.id.as_str()).collect::<Vec<_>>(), ["b2", "b1"]);
-        assert_eq!(
-            (builds[0].status, builds[0].disk_mb, builds[0].vmm_version.as_str()),
-            (BuildStatus::Ready, 2048, "qemu")
-        );
-        store.count_spawn(&t.id).await.unwrap();
-        assert_eq!(store.templates(&team).await.unwrap()[0].spawn_count, 1);
-        store.delete_template(&t.id).await.unwrap();
-        assert!(
-            store.template("base").await.unwrap().is_none() && store.build("b2").await.unwrap().is_none()
-        );
+        for made in stores().await {
+            let store = &made.store;
+            let team = store.default_team().await.unwrap();
+            let t = store.put_template(&team, "base", true).await.unwrap();
+            assert_eq!(store.put_template(&team, "base", true).await.unwrap().id, t.id);
+            assert_eq!(store.template("base").await.unwrap().unwrap().id, t.id);
+            assert_eq!(store.template(&t.id).await.unwrap().unwrap().aliases, ["base"]);
+            assert!(store.template("other").await.unwrap().is_none());
+            store.add_build("b1", &t.id, 1, 512).await.unwrap();
+            store.set_build("b1", BuildStatus::Building, None).await.unwrap();
+            store.fail_interrupted_builds().await.unwrap();
+            let b = store.build("b1").await.unwrap().unwrap();
+            assert!(b.status == BuildStatus::Error && b.reason.is_some() && b.finished_at.is_some());
+            store.add_build("b2", &t.id, 1, 512).await.unwrap();
+            store.finish_build("b2", 2048, "0.6", "6.1", "qemu").await.unwrap();
+            let builds = store.builds(&t.id).await.unwrap();
+            assert_eq!(builds.iter().map(|b| b.id.as_str()).collect::<Vec<_>>(), ["b2", "b1"]);
+            assert_eq!(
+                (builds[0].status, builds[0].disk_mb, builds[0].vmm_version.as_str()),
+                (BuildStatus::Ready, 2048, "qemu")
+            );
+            store.count_spawn(&t.id).await.unwrap();
+            assert_eq!(store.templates(&team).await.unwrap()[0].spawn_count, 1);
+            store.delete_template(&t.id).await.unwrap();
+            assert!(
+                store.template("base").await.unwrap().is_none() && store.build("b2").await.unwrap().is_none()
+            );
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Volumes: whose they are and what they are called. The node has their files.
 
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 use uuid::Uuid;
 
 use super::{Store, StoreError, is_unique, now, sql};
@@ -14,7 +14,7 @@ pub struct VolumeRow {
     pub name: String,
 }
 
-fn volume(r: &SqliteRow) -> Result<VolumeRow, sqlx::Error> {
+fn volume(r: &AnyRow) -> Result<VolumeRow, sqlx::Error> {
     Ok(VolumeRow { id: r.try_get(0)?, team_id: r.try_get(1)?, name: r.try_get(2)? })
 }
 
@@ -22,13 +22,14 @@ impl Store {
     /// Notes a new volume; none when the team has one of this name.
     pub(crate) async fn add_volume(&self, team: &str, name: &str) -> Result<Option<VolumeRow>, StoreError> {
         let id = Uuid::new_v4().to_string();
-        let added = sqlx::query("INSERT INTO volumes (id, team_id, name, created_at) VALUES (?, ?, ?, ?)")
-            .bind(&id)
-            .bind(team)
-            .bind(name)
-            .bind(now())
-            .execute(&self.pool)
-            .await;
+        let added =
+            sqlx::query("INSERT INTO volumes (id, team_id, name, created_at) VALUES ($1, $2, $3, $4)")
+                .bind(&id)
+                .bind(team)
+                .bind(name)
+                .bind(now())
+                .execute(&self.pool)
+                .await;
         match added {
             Ok(_) => Ok(Some(VolumeRow { id, team_id: team.to_owned(), name: name.to_owned() })),
             Err(e) if is_unique(&e) => Ok(None),
@@ -39,7 +40,7 @@ impl Store {
     /// The volume of this id.
     pub(crate) async fn volume(&self, id: &str) -> Result<Option<VolumeRow>, StoreError> {
         let wrap = sql("look a volume up");
-        let row = sqlx::query("SELECT id, team_id, name FROM volumes WHERE id = ?")
+        let row = sqlx::query("SELECT id, team_id, name FROM volumes WHERE id = $1")
             .bind(id)
             .fetch_optional(&self.pool)
             .await
@@ -51,7 +52,7 @@ impl Store {
     pub(crate) async fn volumes(&self, team: &str) -> Result<Vec<VolumeRow>, StoreError> {
         let wrap = sql("list the volumes");
         let rows =
-            sqlx::query("SELECT id, team_id, name FROM volumes WHERE team_id = ? ORDER BY created_at, id")
+            sqlx::query("SELECT id, team_id, name FROM volumes WHERE team_id = $1 ORDER BY created_at, id")
                 .bind(team)
                 .fetch_all(&self.pool)
                 .await
@@ -61,7 +62,7 @@ impl Store {
 
     /// Forgets a volume.
     pub(crate) async fn delete_volume(&self, id: &str) -> Result<(), StoreError> {
-        sqlx::query("DELETE FROM volumes WHERE id = ?")
+        sqlx::query("DELETE FROM volumes WHERE id = $1")
             .bind(id)
             .execute(&self.pool)
             .await
