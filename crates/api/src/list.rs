@@ -130,7 +130,7 @@ impl Query {
         let Some(c) = &s.config else { return false };
         (if known.paused { self.paused } else { self.running })
             && self.metadata.iter().all(|(k, v)| c.metadata.get(k) == Some(v))
-            && self.started_after.is_none_or(|t| started(s) > t)
+            && self.started_after.is_none_or(|t| started(s) >= t)
             && self.template.as_ref().is_none_or(|t| c.template_id == *t || c.alias.as_deref() == Some(t))
     }
 
@@ -219,7 +219,7 @@ mod tests {
         }
         assert_eq!(ids("state=paused"), ["p"]);
         assert_eq!(ids("state=running"), ["b", "a"]);
-        assert_eq!(ids("startedAfter=1970-01-01T00:00:01Z"), ["p", "b"]);
+        assert_eq!(ids("startedAfter=1970-01-01T00:00:02Z"), ["p", "b"]);
         for bad in [
             "limit=0",
             "limit=-1",

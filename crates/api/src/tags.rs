@@ -231,7 +231,9 @@ pub async fn assign(
     let build =
         build.ok_or_else(|| ApiError::not_found(format!("'{}' has no build that can be used", shown())))?;
     api.store.put_tags(&t.id, &build.id, &tags).await?;
-    Ok((StatusCode::CREATED, Json(json!({ "tags": tags, "buildID": build.id }))))
+    // As they were asked for: `latest` is one name of the default tag.
+    let said: Vec<String> = a.tags.iter().map(|t| t.to_ascii_lowercase()).collect();
+    Ok((StatusCode::CREATED, Json(json!({ "tags": said, "buildID": build.id }))))
 }
 
 #[derive(Debug, Deserialize)]

@@ -31,6 +31,14 @@ pub enum PipelineError {
     /// The guest.
     #[error("envd did not answer: {0}")]
     Envd(#[from] nidus_envd_protocol::EnvdError),
+    /// The guest did not start a command.
+    #[error("failed to run command '{command}': command failed: {error}")]
+    Refused {
+        /// The command.
+        command: String,
+        /// Connect's code and message.
+        error: String,
+    },
     /// A VM was not released.
     #[error(transparent)]
     Kill(#[from] KillError),
@@ -80,6 +88,18 @@ pub enum PipelineError {
 }
 
 impl PipelineError {
+    /// Of a command that envd did not start: with its words, and envd's.
+    pub(crate) fn refused(command: &str, e: Self) -> Self {
+        match e {
+            Self::Envd(nidus_envd_protocol::EnvdError::Rpc { error, .. }) => {
+                let code = serde_json::to_value(error.code).unwrap_or_default();
+                let code = code.as_str().unwrap_or("unknown");
+                Self::Refused { command: command.to_owned(), error: format!("{code}: {}", error.message) }
+            }
+            e => e,
+        }
+    }
+
     pub(crate) fn io(action: impl Into<String>, source: std::io::Error) -> Self {
         Self::Io { action: action.into(), source }
     }

@@ -146,7 +146,8 @@ async fn do_it(
 ) -> Result<(), PipelineError> {
     match work {
         Work::Run { command, context } => {
-            guest.run(what, in_context(StartCommand::shell(command), context)).await
+            let done = guest.run(what, in_context(StartCommand::shell(command), context)).await;
+            done.map_err(|e| PipelineError::refused(command, e))
         }
         Work::Copy { source, target, owner, mode, directory, archive } => {
             let c = Copy { source, target, owner, mode: *mode, directory, archive };

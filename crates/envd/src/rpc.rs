@@ -51,7 +51,7 @@ impl Caller {
         let name = self.user.clone().unwrap_or_else(|| state.default_user());
         blocking(move || {
             users::by_name(&name).map_err(|e| {
-                ConnectError::new(Code::Unauthenticated, format!("error looking up user '{name}': {e}"))
+                ConnectError::new(Code::Unauthenticated, format!("invalid username: '{name}': {e}"))
             })
         })
         .await

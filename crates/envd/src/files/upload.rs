@@ -242,9 +242,8 @@ fn write_all(
         }
     }
     file.flush().map_err(wrap)?;
-    if !metadata.is_empty() {
-        entry::set_metadata(path, metadata).map_err(|e| io_error("set the metadata of", path, &e))?;
-    }
+    // What an earlier file of this name had goes, too.
+    entry::set_metadata(path, metadata).map_err(|e| io_error("set the metadata of", path, &e))?;
     Ok(())
 }
 
