@@ -14,7 +14,7 @@ from support import sandboxes
 from support.daemon import DEFAULT_DATA_DIR, wait_for
 
 NAME = f"build-{uuid.uuid4().hex[:8]}"
-ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "3"))
 
 
 def work():
@@ -31,6 +31,40 @@ def build(daemon, template, name=NAME):
 
 def slow(n):
     return Template().from_template("base").run_cmd(f"echo {n} > /tmp/a; sleep 0.3").run_cmd("head -c 20M /dev/urandom > /tmp/b").run_cmd("sleep 0.3")
+
+
+# The first, since others below throw the layers away that suites before this one have left.
+def test_the_command_line_builds_a_dockerfile(daemon, tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/app.py").write_text("print('from the image')\n")
+    (tmp_path / "src/no.log").write_text("no")
+    (tmp_path / ".dockerignore").write_text("**/*.log\n")
+    (tmp_path / "Dockerfile").write_text(
+        "ARG SUITE=bookworm\nFROM debian:${SUITE}\nARG WHO=nobody\nENV GREETING=\"hello $WHO\"\n"
+        "ENV PATH=/app:$PATH\nWORKDIR /app\nCOPY --chmod=0755 src ./\nRUN echo $GREETING > greeting \\\n && ls > listing\n"
+        'EXPOSE 80\nCMD ["python3", "-m", "http.server", "8080"]\n'
+    )
+    name = f"{NAME}-cli"
+    command = ("template", "build", "-f", "Dockerfile", ".", "--name", name, "--build-arg", "WHO=you", "--ready-cmd", "ss -Htln | grep -q 8080")
+    done = nidus(daemon, *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{name} is ready" in done.stdout and "RUN echo $GREETING" in done.stderr and "EXPOSE has no meaning" in done.stderr
+    with Sandbox.create(name, timeout=300, **sandboxes.options(daemon)) as sandbox:
+        out = sandbox.commands.run("cat /app/greeting /app/listing; curl -s localhost:8080/app.py; stat -c '%a %U' /app/app.py; pwd; whoami; echo $PATH | cut -d: -f1-2").stdout
+        assert out == "hello you\napp.py\ngreeting\nlisting\nprint('from the image')\n755 root\n/app\nuser\n/app:/usr/local/sbin\n"
+    again = nidus(daemon, *command, "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["name"] == name
+    (tmp_path / "Dockerfile").write_text("FROM debian:bookworm\nRUN echo looking; false\n")
+    bad = nidus(daemon, "template", "build", "--name", f"{name}-bad", cwd=tmp_path)
+    assert bad.returncode == 1 and "in step 3" in bad.stderr and "looking" in bad.stderr, bad.stderr
+    [shell] = [line for line in bad.stderr.splitlines() if "nidus sandbox create" in line]
+    made = nidus(daemon, "sandbox", "create", shell.split()[-1].rstrip(")"))
+    assert made.returncode == 0, made.stderr
+    assert nidus(daemon, "sandbox", "kill", made.stdout.strip()).returncode == 0
+    (tmp_path / "Dockerfile").write_text("FROM debian:bookworm\nONBUILD RUN x\n")
+    wrong = nidus(daemon, "template", "build", "--name", f"{name}-bad", cwd=tmp_path)
+    assert wrong.returncode == 1 and "Dockerfile line 2: 'ONBUILD' is no instruction" in wrong.stderr
+    delete(daemon, name)
 
 
 def test_kill_9_in_a_build_leaves_nothing_and_it_can_be_started_again(make_daemon, host):
@@ -100,39 +134,6 @@ def test_two_builds_of_the_same_make_each_layer_once(daemon):
 
 def nidus(daemon, *arguments, cwd=None):
     return daemon.cli(*arguments, cwd=cwd, env=daemon.sdk_env(), timeout=300)
-
-
-def test_the_command_line_builds_a_dockerfile(daemon, tmp_path):
-    (tmp_path / "src").mkdir()
-    (tmp_path / "src/app.py").write_text("print('from the image')\n")
-    (tmp_path / "src/no.log").write_text("no")
-    (tmp_path / ".dockerignore").write_text("**/*.log\n")
-    (tmp_path / "Dockerfile").write_text(
-        "ARG SUITE=bookworm\nFROM debian:${SUITE}\nARG WHO=nobody\nENV GREETING=\"hello $WHO\"\n"
-        "ENV PATH=/app:$PATH\nWORKDIR /app\nCOPY --chmod=0755 src ./\nRUN echo $GREETING > greeting \\\n && ls > listing\n"
-        'EXPOSE 80\nCMD ["python3", "-m", "http.server", "8080"]\n'
-    )
-    name = f"{NAME}-cli"
-    command = ("template", "build", "-f", "Dockerfile", ".", "--name", name, "--build-arg", "WHO=you", "--ready-cmd", "ss -Htln | grep -q 8080")
-    done = nidus(daemon, *command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"{name} is ready" in done.stdout and "RUN echo $GREETING" in done.stderr and "EXPOSE has no meaning" in done.stderr
-    with Sandbox.create(name, timeout=300, **sandboxes.options(daemon)) as sandbox:
-        out = sandbox.commands.run("cat /app/greeting /app/listing; curl -s localhost:8080/app.py; stat -c '%a %U' /app/app.py; pwd; whoami; echo $PATH | cut -d: -f1-2").stdout
-        assert out == "hello you\napp.py\ngreeting\nlisting\nprint('from the image')\n755 root\n/app\nuser\n/app:/usr/local/sbin\n"
-    again = nidus(daemon, *command, "--json", cwd=tmp_path)
-    assert json.loads(again.stdout)["name"] == name
-    (tmp_path / "Dockerfile").write_text("FROM debian:bookworm\nRUN echo looking; false\n")
-    bad = nidus(daemon, "template", "build", "--name", f"{name}-bad", cwd=tmp_path)
-    assert bad.returncode == 1 and "in step 3" in bad.stderr and "looking" in bad.stderr, bad.stderr
-    [shell] = [line for line in bad.stderr.splitlines() if "nidus sandbox create" in line]
-    made = nidus(daemon, "sandbox", "create", shell.split()[-1].rstrip(")"))
-    assert made.returncode == 0, made.stderr
-    assert nidus(daemon, "sandbox", "kill", made.stdout.strip()).returncode == 0
-    (tmp_path / "Dockerfile").write_text("FROM debian:bookworm\nONBUILD RUN x\n")
-    wrong = nidus(daemon, "template", "build", "--name", f"{name}-bad", cwd=tmp_path)
-    assert wrong.returncode == 1 and "Dockerfile line 2: 'ONBUILD' is no instruction" in wrong.stderr
-    delete(daemon, name)
 
 
 def test_layers_are_pruned_and_what_templates_read_stays(daemon):

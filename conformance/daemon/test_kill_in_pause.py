@@ -1,7 +1,7 @@
 """`kill -9` of the daemon at random moments of a pause or a checkpoint, from before it begins until after it is
 answered: each sandbox is paused and can be resumed, or is reported lost with the reason; nothing is half there.
 
-NIDUS_TEST_ROUNDS says how often (default 4), NIDUS_TEST_SEED repeats a run (it is printed).
+NIDUS_TEST_ROUNDS says how often (default 3), NIDUS_TEST_SEED repeats a run (it is printed).
 """
 
 import http.client
@@ -18,7 +18,7 @@ from support import sandboxes
 from support.counting import builds_of, count_beyond, counting, state
 from support.daemon import DEFAULT_DATA_DIR, TIME_FACTOR, wait_for
 
-ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "3"))
 SEED = int(os.environ.get("NIDUS_TEST_SEED") or random.randrange(1 << 32))
 
 STORAGE = DEFAULT_DATA_DIR / "storage"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from support import sandboxes
 from support.daemon import wait_for
 
-ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "200"))
+ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "100"))
 
 
 def out(*args):

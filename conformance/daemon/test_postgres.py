@@ -68,7 +68,7 @@ def test_the_main_jobs_and_what_outlives_the_daemon(make_daemon, postgres, host)
     name = f"pg-{uuid.uuid4().hex[:8]}"
     sandbox = Sandbox.create(timeout=300, metadata={"k": "v"}, **options)
     sandbox.files.write("/home/user/kept", "kept")
-    sandboxes.build(daemon, Template().from_template("base").run_cmd("echo made > /made"), name)
+    sandboxes.build(daemon, Template().from_template("base").run_cmd("echo made > /home/user/made"), name)
     sandboxes.call(daemon, "POST", "/templates/tags", {"target": name, "tags": ["v1"]})
     snapshot = sandbox.create_snapshot(**options)
     Secret.create(name, "value", **options)
@@ -82,7 +82,7 @@ def test_the_main_jobs_and_what_outlives_the_daemon(make_daemon, postgres, host)
     again = Sandbox.connect(sandbox.sandbox_id, timeout=300, **options)
     assert again.files.read("/home/user/kept") == "kept" and again.get_info(**options).metadata == {"k": "v"}
     with Sandbox.create(f"{name}:v1", timeout=60, **options) as made:
-        assert made.commands.run("cat /made").stdout == "made\n"
+        assert made.commands.run("cat /home/user/made").stdout == "made\n"
     with Sandbox.create(snapshot.snapshot_id, timeout=60, **options) as made:
         assert made.files.read("/home/user/kept") == "kept"
     assert Secret.get_info(name, **options).version == 1

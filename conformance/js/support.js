@@ -10,7 +10,7 @@ import { Sandbox } from 'e2b'
 const allowed = ['E2B_API_URL', 'E2B_SANDBOX_URL', 'E2B_API_KEY', 'E2B_VOLUME_API_URL']
 for (const name of allowed) assert.ok(process.env[name], `${name} is not set: run conformance/run.sh, or eval $(nidus env)`)
 for (const name of Object.keys(process.env))
-  assert.ok(!name.startsWith('E2B_') || allowed.includes(name), `only the variables of `nidus env` may be set, not ${name}`)
+  assert.ok(!name.startsWith('E2B_') || allowed.includes(name), `only what nidus env prints may be set, not ${name}`)
 
 export const sandboxUrl = process.env.E2B_SANDBOX_URL
 export const apiUrl = process.env.E2B_API_URL
