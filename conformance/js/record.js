@@ -56,17 +56,18 @@ const known = () => {
   add('Secret', e2b.Secret)
   add('Template', e2b.TemplateBase, e2b.TemplateBase.prototype, e2b.Template)
   add('CodeInterpreter', interpreter.Sandbox.prototype)
-  return all
+  // What a code interpreter's sandbox has from any sandbox is in that one's rows.
+  const inherited = new Set(functions(e2b.Sandbox.prototype))
+  return all.filter((m) => !m.startsWith('CodeInterpreter.') || !inherited.has(m.split('.')[1]))
 }
 
 if (folder) {
   const all = known()
   record('CodeInterpreter', interpreter.Sandbox.prototype)
-  for (const [label, object] of [['Sandbox', e2b.Sandbox], ['Volume', e2b.Volume], ['Secret', e2b.Secret], ['Template', e2b.Template]]) {
+  for (const [label, object] of [['Sandbox', e2b.Sandbox], ['Volume', e2b.Volume], ['Secret', e2b.Secret], ['Template', e2b.TemplateBase], ['Template', e2b.Template]]) {
     record(label, object)
     if (object.prototype) record(label, object.prototype)
   }
-  record('Template', e2b.TemplateBase.prototype)
   process.on('exit', (code) => {
     if (code) return
     mkdirSync(folder, { recursive: true })

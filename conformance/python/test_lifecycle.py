@@ -200,3 +200,20 @@ def test_an_unknown_sandbox():
     with pytest.raises(SandboxNotFoundException):
         Sandbox.connect("inosuchsandbox000000")
     assert Sandbox.kill("inosuchsandbox000000") is False
+
+
+def test_a_creation_that_is_asked_for_twice_is_one(api):
+    key = f"once-{uuid.uuid4()}"
+    made = Sandbox.create(timeout=60, metadata={"once": key}, idempotency_key=key)
+    try:
+        again = Sandbox.create(timeout=60, metadata={"once": key}, idempotency_key=key)
+        assert again.sandbox_id == made.sandbox_id and again.commands.run("echo same").stdout == "same\n"
+        assert len(Sandbox.list(SandboxQuery(metadata={"once": key})).next_items()) == 1
+        other = api.post("/v2/sandboxes", json={"templateID": "base", "timeout": 61}, headers={"Idempotency-Key": key})
+        assert other.status_code == 422, other.text
+        assert api.post("/v2/sandboxes", json={"templateID": "base"}, headers={"Idempotency-Key": "Not One"}).status_code == 400
+        failed = {"templateID": f"none-{key}"}
+        for _ in range(2):
+            assert api.post("/v2/sandboxes", json=failed, headers={"Idempotency-Key": f"{key}-f"}).status_code == 404
+    finally:
+        made.kill()

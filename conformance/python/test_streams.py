@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.daemon import wait_for
+from support.teams import of_our_daemon
 
 MIB = 1 << 20
 
@@ -87,7 +88,7 @@ def test_a_gibibyte_of_output_and_constant_memory_on_both_sides(sbx):
         count += len(text)
         seen.update(text.encode())
 
-    daemon = int(os.environ["NIDUS_TEST_DAEMON_PID"])
+    daemon = int(of_our_daemon("NIDUS_TEST_DAEMON_PID"))
     forget_peak(sbx)
     peaks = {pid: peak(pid) for pid in (daemon, os.getpid())}
     command = f"yes {'x' * 1023} | head -c {size}"

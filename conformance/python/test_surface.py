@@ -330,10 +330,11 @@ async def test_names_of_images(kit):
     for template, image in (
         (T().from_debian_image("bookworm"), "debian:bookworm"), (T().from_ubuntu_image("24.04"), "ubuntu:24.04"),
         (T().from_fedora_image("44"), "fedora:44"), (T().from_alpine_image("3.24"), "alpine:3.24"),
-        (T().from_python_image("3.12"), "python:3.12"), (T().from_node_image("22"), "node:22"), (T().from_base_image(), "e2bdev/base"),
+        (T().from_python_image("3.12"), "python:3.12"), (T().skip_cache().from_arch_image("base"), "archlinux:base"),
+        (T().from_bun_image("1.2"), "bun:1.2"), (T().from_node_image("22"), "node:22"), (T().from_base_image(), "e2bdev/base"),
         (T().from_dockerfile("FROM debian:bookworm\nRUN true"), "debian:bookworm"),
     ):
-        assert f"FROM {image}" in T.to_dockerfile(template)
+        assert f"{image}\n" in T.to_dockerfile(template) + "\n"
 
 
 async def test_clients_bound_to_their_settings(kit, monkeypatch):

@@ -3,11 +3,14 @@
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use http::header::RETRY_AFTER;
-use http::{HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode};
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
 use crate::StoreError;
+
+/// Whether a client should send the same request again (E2B's SDKs).
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retry");
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -17,12 +20,22 @@ pub struct ApiError {
     pub status: StatusCode,
     /// For people.
     pub message: String,
+    /// Whether the same request, sent again in a moment, may well succeed.
+    pub again: bool,
 }
 
 impl ApiError {
     /// An error of this status.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into() }
+        let again = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
+        Self { status, message: message.into(), again }
+    }
+
+    /// The same, and sending it again will not help: something else must happen first.
+    #[must_use]
+    pub fn for_good(mut self) -> Self {
+        self.again = false;
+        self
     }
 
     /// 400.
@@ -66,7 +79,7 @@ impl From<Status> for ApiError {
             }
             _ => s.message().to_owned(),
         };
-        Self { status, message }
+        Self::new(status, message)
     }
 }
 
@@ -80,8 +93,12 @@ impl From<StoreError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
-        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+        // SDKs retry on their own what says so, and by default what says nothing of it.
+        if self.again {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("true"));
+        } else if self.status == StatusCode::TOO_MANY_REQUESTS || self.status.is_server_error() {
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
     }
@@ -90,6 +107,20 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_say_whether_to_come_again() {
+        let of = |e: ApiError| {
+            let r = e.into_response();
+            let text = |n: &str| r.headers().get(n).map(|v| v.to_str().unwrap().to_owned());
+            (text("should-retry"), text("retry-after"))
+        };
+        let (yes, no) = (Some("true".to_owned()), Some("false".to_owned()));
+        assert_eq!(of(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "")), (yes, Some("1".to_owned())));
+        assert_eq!(of(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "").for_good()), (no.clone(), None));
+        assert_eq!(of(ApiError::new(StatusCode::GATEWAY_TIMEOUT, "")), (no, None));
+        assert_eq!(of(ApiError::bad("")), (None, None));
+    }
 
     #[test]
     fn grpc_codes_become_statuses() {

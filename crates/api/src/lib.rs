@@ -23,6 +23,7 @@ mod observe;
 mod openapi;
 mod pause;
 mod rate;
+mod repeats;
 mod sandboxes;
 mod secrets;
 mod server;
@@ -85,6 +86,7 @@ pub struct Api {
     pub(crate) in_hand: checkpoint::InHand,
     pub(crate) rates: rate::Rates,
     pub(crate) starting: limit::Starting,
+    pub(crate) repeats: repeats::Repeats,
     ready: AtomicBool,
     /// Told when a template has a new build.
     built: Notify,
@@ -96,6 +98,7 @@ impl Api {
         Arc::new(Self {
             rates: rate::Rates::new(config.request_rate),
             starting: Default::default(),
+            repeats: Default::default(),
             config,
             store,
             nodes,

@@ -65,7 +65,7 @@ impl Api {
                 format!(
                     "You have reached the maximum number of concurrent sandboxes ({limit}): kill or pause one first"
                 ),
-            ));
+            ).for_good());
         }
         Ok(place)
     }

@@ -7,11 +7,12 @@ use axum::Json;
 use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, TimeDelta, Utc};
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use nidus_proto::node::{
     RunningSandbox, SandboxConfig, SandboxCreateRequest, SandboxUpdateRequest, TemplateStatusRequest,
 };
 use prost_types::Timestamp;
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::auth::Team;
@@ -22,7 +23,7 @@ use crate::model::{
 };
 use crate::pause;
 use crate::store::{BuildRow, TemplateRow};
-use crate::{Api, ApiError, auto_resume, network};
+use crate::{Api, ApiError, auto_resume, network, repeats};
 
 /// Time of a sandbox made by the old call when it does not say (contract).
 const OLD_DEFAULT: Duration = Duration::from_secs(15);
@@ -258,7 +259,7 @@ impl Api {
 
 /// Better refused than silently left out. (`mcp` is for the SDK: it starts the gateway that the template brings.)
 fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
-    let asked = |v: &Option<serde_json::Value>| {
+    let asked = |v: &Option<Value>| {
         v.as_ref().is_some_and(|v| !v.is_null() && v.as_object().is_none_or(|o| !o.is_empty()))
     };
     for (is, what) in [
@@ -290,22 +291,55 @@ fn check_auto_pause(new: &NewSandbox) -> Result<(), ApiError> {
 
 type Shared = State<Arc<Api>>;
 
+/// A creation as either version of the call has it.
+async fn create(
+    api: Arc<Api>,
+    team: Team,
+    headers: &HeaderMap,
+    asked: Value,
+    prepare: impl FnOnce(&mut NewSandbox),
+    default: Duration,
+) -> Result<(StatusCode, Json<Value>), ApiError> {
+    let key = repeats::key(headers)?;
+    let mut new: NewSandbox = serde_json::from_value(asked.clone())
+        .map_err(|e| ApiError::bad(format!("The request's body cannot be read: {e}")))?;
+    prepare(&mut new);
+    let make = move |api: Arc<Api>, team: Team| async move {
+        let made = api.create(team, new, default).await?;
+        serde_json::to_value(made)
+            .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))
+    };
+    let made = match key {
+        None => make(api, team).await?,
+        // To its end: a client that has gone comes back for it.
+        Some(key) => {
+            pause::to_its_end(async move {
+                let making = make(api.clone(), team.clone());
+                api.repeats.once(&team.id, key, &asked, making).await
+            })
+            .await?
+        }
+    };
+    Ok((StatusCode::CREATED, Json(made)))
+}
+
 pub async fn create_v1(
     State(api): Shared,
     team: Team,
-    Input(new): Input<NewSandbox>,
-) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
-    Ok((StatusCode::CREATED, Json(api.create(team, new, OLD_DEFAULT).await?)))
+    headers: HeaderMap,
+    Input(asked): Input<Value>,
+) -> Result<(StatusCode, Json<Value>), ApiError> {
+    create(api, team, &headers, asked, |_| {}, OLD_DEFAULT).await
 }
 
 pub async fn create_v2(
     State(api): Shared,
     team: Team,
-    Input(mut new): Input<NewSandbox>,
-) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
-    new.secure = Some(true);
+    headers: HeaderMap,
+    Input(asked): Input<Value>,
+) -> Result<(StatusCode, Json<Value>), ApiError> {
     let default = api.config.default_timeout;
-    Ok((StatusCode::CREATED, Json(api.create(team, new, default).await?)))
+    create(api, team, &headers, asked, |new| new.secure = Some(true), default).await
 }
 
 async fn of_team(api: &Api, team: &Team) -> Result<Vec<RunningSandbox>, ApiError> {

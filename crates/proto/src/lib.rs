@@ -9,7 +9,7 @@
 //! [`node::sandbox_service_server::SandboxServiceServer`] are the pair that most callers want.
 
 /// Services of the node daemon: `SandboxService`, `TemplateService`, `InfoService`, `ChunkService`,
-/// `GarbageService`.
+/// `VolumeService`, `GarbageService`.
 pub mod node {
     #![allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     include!(concat!(env!("OUT_DIR"), "/_.rs"));

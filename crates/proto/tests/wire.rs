@@ -69,6 +69,18 @@ fn field_numbers_are_those_of_the_contract() {
     expect("ServiceStatusChangeRequest", "2 service_status");
     expect("ReadAtBuildSeekableRequest", "1 build_id, 2 name, 3 offset, 4 length");
     expect("proxy.SandboxResumeRequest", "1 sandbox_id");
+    expect("VolumeInfo", "1 volume_id, 2 volume_type, 3 team_id");
+    expect(
+        "EntryInfo",
+        "1 name, 2 type, 3 path, 4 size, 5 mode, 6 uid, 7 gid, 8 modified_time, 9 symlink_target, \
+         10 created_time, 11 accessed_time",
+    );
+    expect("UserError", "1 code, 2 message, 3 http_status");
+    expect("CreateDirRequest", "1 volume, 2 path, 3 mode, 4 uid, 5 gid, 6 create_parents");
+    expect("VolumeFileCreateStart", "1 volume, 2 path, 3 mode, 4 uid, 5 gid, 6 force");
+    expect("CreateFileRequest", "1 start, 2 content, 3 finish");
+    expect("GetFileResponse", "1 start, 2 content, 3 finish");
+    expect("StatPathRequest", "1 volume, 2 path, 3 follow_symlinks");
     let info = &messages["ServiceInfoResponse"];
     assert!(info.contains(&"51 service_status".to_owned()));
     assert!(info.contains(&"108 metric_cpu_count".to_owned()));
@@ -93,6 +105,15 @@ fn grpc_paths_are_those_of_the_contract() {
         "/ChunkService/ReadAtBuildSeekable",
         "/ChunkService/GetBuildBlob",
         "/proxy.SandboxService/ResumeSandbox",
+        "/VolumeService/CreateVolume",
+        "/VolumeService/DeleteVolume",
+        "/VolumeService/CreateDir",
+        "/VolumeService/ListDir",
+        "/VolumeService/CreateFile",
+        "/VolumeService/GetFile",
+        "/VolumeService/DeletePath",
+        "/VolumeService/StatPath",
+        "/VolumeService/UpdatePath",
     ] {
         assert!(methods.contains(&path.to_owned()), "{path}");
     }

@@ -66,37 +66,33 @@ fn new_key(prefix: &str) -> Result<NewKey, StoreError> {
 impl Store {
     /// Makes a key of a team.
     pub async fn create_key(&self, team: &str, name: &str) -> Result<NewKey, StoreError> {
-        let new = new_key(PREFIX)?;
-        sqlx::query(
-            "INSERT INTO api_keys (id, team_id, name, hash, mask, created_at) VALUES ($1, $2, $3, $4, $5, $6)",
-        )
-        .bind(new.id.to_string())
-        .bind(team)
-        .bind(name)
-        .bind(hash(&new.key))
-        .bind(&new.mask)
-        .bind(new.created_at.timestamp_millis())
-        .execute(&self.pool)
-        .await
-        .map_err(sql("add a key"))?;
-        Ok(new)
+        let insert = "INSERT INTO api_keys (id, team_id, name, hash, mask, created_at) VALUES ($1, $2, $3, $4, $5, $6)";
+        self.add_key(insert, new_key(PREFIX)?, team, name).await
     }
 
     /// Makes an access token of a team: it manages the team's keys.
     pub async fn create_token(&self, team: &str, name: &str) -> Result<NewKey, StoreError> {
-        let new = new_key(TOKEN_PREFIX)?;
-        sqlx::query(
-            "INSERT INTO access_tokens (id, team_id, name, hash, mask, created_at) VALUES ($1, $2, $3, $4, $5, $6)",
-        )
-        .bind(new.id.to_string())
-        .bind(team)
-        .bind(name)
-        .bind(hash(&new.key))
-        .bind(&new.mask)
-        .bind(new.created_at.timestamp_millis())
-        .execute(&self.pool)
-        .await
-        .map_err(sql("add an access token"))?;
+        let insert = "INSERT INTO access_tokens (id, team_id, name, hash, mask, created_at) VALUES ($1, $2, $3, $4, $5, $6)";
+        self.add_key(insert, new_key(TOKEN_PREFIX)?, team, name).await
+    }
+
+    async fn add_key(
+        &self,
+        insert: &'static str,
+        new: NewKey,
+        team: &str,
+        name: &str,
+    ) -> Result<NewKey, StoreError> {
+        sqlx::query(insert)
+            .bind(new.id.to_string())
+            .bind(team)
+            .bind(name)
+            .bind(hash(&new.key))
+            .bind(&new.mask)
+            .bind(new.created_at.timestamp_millis())
+            .execute(&self.pool)
+            .await
+            .map_err(sql("add a key"))?;
         Ok(new)
     }
 
