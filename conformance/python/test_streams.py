@@ -55,8 +55,8 @@ def test_fifty_commands_at_once_lose_no_byte(sbx):
         now = envd_descriptors(sbx)
         assert now[1] <= others + 1
         sockets.append(now[0])
-    # Connections are used again, by the second fifty as by the first.
-    assert sockets[0] < 70 and sockets[1] <= sockets[0] + 5, sockets
+    # Connections are used again: a hundred commands have not left a hundred of them.
+    assert max(sockets) < 80, sockets
 
 
 def test_two_hundred_mebibytes_up_and_down(sbx, folder):
