@@ -107,11 +107,17 @@ def compatibility(reports: Path) -> tuple[str, dict]:
             passed.setdefault(key, test)
     counts = {"tested": 0, "not": []}
 
+    # By the name of a method, the test that has called it in Python.
+    in_python: dict[str, str] = {}
+
     def state(tests, label, name):
         tests = [t for t in tests if t]
         if tests:
             counts["tested"] += 1
+            in_python.setdefault(name, tests[0])
             return tests[0]
+        if same := in_python.get(snake(name)) if label == "Template" else None:
+            return f"not tried in JavaScript; the server sees what Python sends it: {same}"
         reason = REASONS.get(snake(name))
         counts["not"].append(f"{label}.{name}")
         return f"**not tested**: {reason}" if reason else "**not tested**"
