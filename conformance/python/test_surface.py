@@ -2,8 +2,11 @@
 text for both, in which `done` awaits what the one answers at once and the other later."""
 
 import asyncio
+import hashlib
 import inspect
 import os
+import shutil
+import subprocess
 import time
 import uuid
 import zipfile
@@ -291,6 +294,22 @@ async def test_templates(kit):
         assert (await rest.delete(f"/templates/{name}")).status_code == 204
 
 
+def archive(folder):
+    """A Debian repository of one package, `tiny-hello`."""
+    root = folder / "root"
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "usr/bin").mkdir(parents=True)
+    control = "Package: tiny-hello\nVersion: 1.0\nArchitecture: all\nMaintainer: a <a@b.test>\nDescription: says hello\n"
+    (root / "DEBIAN/control").write_text(control)
+    (root / "usr/bin/tiny-hello").write_text("#!/bin/sh\necho hello\n")
+    (root / "usr/bin/tiny-hello").chmod(0o755)
+    package = folder / "tiny-hello.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", root, package], check=True, capture_output=True)
+    shutil.rmtree(root)
+    data = package.read_bytes()
+    (folder / "Packages").write_text(f"{control}Filename: ./tiny-hello.deb\nSize: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n")
+
+
 async def test_a_builders_helpers(kit, tmp_path):
     name = f"helpers-{uuid.uuid4().hex[:8]}"
     for file in ("one", "two", "three"):
@@ -311,15 +330,20 @@ async def test_a_builders_helpers(kit, tmp_path):
         .git_clone("/srv/r", "/srv/clone").copy("tiny-1.0-py3-none-any.whl", "/tmp/tiny-1.0-py3-none-any.whl").pip_install("/tmp/tiny-1.0-py3-none-any.whl")
         .run_cmd("echo $MADE > made")
     )
-    # Once is enough: it is slow on an emulated machine.
-    template = (template.apt_install(["hello"]) if kit is KITS["sync"] else template).set_ready_cmd("test -f /srv/made")
+    # Its own repository, so that no mirror is needed.
+    archive(tmp_path / "repo")
+    template = (
+        template.copy("repo", "/tmp/repo")
+        .run_cmd("rm -rf /etc/apt/sources.list.d/* && echo 'deb [trusted=yes] file:/tmp/repo ./' > /etc/apt/sources.list && chmod -R a+rX /tmp/repo")
+        .apt_install(["tiny-hello"]).set_ready_cmd("test -f /srv/made")
+    )
     try:
         await done(T.build(template, name, cpu_count=1, memory_mb=512))
         sandbox = await done(kit.Sandbox.create(name, timeout=120))
         said = await done(sandbox.commands.run(
-            "cat /srv/link /srv/d/two /srv/made; ls /srv; git -C /srv/clone log --format=%s; python3 -c 'import tiny; print(tiny.said)'; hello || true", user="root"))
+            "cat /srv/link /srv/d/two /srv/made; ls /srv; git -C /srv/clone log --format=%s; python3 -c 'import tiny; print(tiny.said)'; tiny-hello", user="root"))
         await done(sandbox.kill())
-        assert said.stdout == "onetwohere\nclone\nd\nlink\nmade\none\nr\nx\ntiny\n" + ("Hello, world!\n" if kit is KITS["sync"] else "")
+        assert said.stdout == "onetwohere\nclone\nd\nlink\nmade\none\nr\nx\ntiny\nhello\n"
     finally:
         httpx.delete(f"{os.environ['E2B_API_URL']}/templates/{name}", headers={"X-API-Key": os.environ["E2B_API_KEY"]}, timeout=60)
 

@@ -110,6 +110,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn tags_that_were_set_before_have_their_history() {
+        sqlx::any::install_default_drivers();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let old = AnyPool::connect(&format!("sqlite://{}?mode=rwc", path.display())).await.unwrap();
+        for step in &STEPS[..5] {
+            sqlx::raw_sql(*step).execute(&old).await.unwrap();
+        }
+        sqlx::raw_sql(
+            "INSERT INTO teams VALUES ('t', 'mine', 1); \
+             INSERT INTO templates (id, team_id, public, created_at, updated_at) VALUES ('x', 't', 0, 1, 1); \
+             INSERT INTO builds (id, template_id, status, cpu_count, memory_mb, disk_mb, created_at, updated_at) \
+             VALUES ('b', 'x', 'ready', 1, 512, 1, 1, 1); \
+             INSERT INTO tags VALUES ('x', 'v1', 'b', 5); PRAGMA user_version = 5;",
+        )
+        .execute(&old)
+        .await
+        .unwrap();
+        old.close().await;
+        let store = Store::open(&path).await.unwrap();
+        let stood = store.assignments("x").await.unwrap();
+        assert_eq!((stood.len(), stood[0].tag.as_str(), stood[0].build_id.as_str()), (1, "v1", "b"));
+        assert!(stood[0].id.parse::<uuid::Uuid>().is_ok(), "{}", stood[0].id);
+        assert_eq!(store.team("t").await.unwrap().unwrap().max_sandboxes, 0);
+    }
+
+    #[tokio::test]
     async fn a_new_file_is_its_owners_and_opens_twice() {
         let dir = tempfile::tempdir().unwrap();
         // A name that would be something else in a URL.
