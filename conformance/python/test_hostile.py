@@ -2,13 +2,13 @@
 
 import concurrent.futures
 import os
-import re
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 from e2b import Sandbox
+from support.checks import peak
 from support.daemon import wait_for
 from support.teams import of_our_daemon
 
@@ -19,10 +19,6 @@ MODES = ["garbage", "silent", "endless-headers", "endless-body", "long-promise",
 # Longest time that a call about such a guest may take. The daemon's own limits are shorter.
 LIMIT = 90
 MIB = 1 << 20
-
-
-def held(pid):
-    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) << 10
 
 
 def ask(sandbox, path, seconds):
@@ -88,7 +84,7 @@ def suffer(sandbox, api, mode):
 def test_such_guests_harm_themselves_alone(impostor, api):
     daemon = int(of_our_daemon("NIDUS_TEST_DAEMON_PID"))
     guests = [impostor(mode) for mode in MODES]
-    before = held(daemon)
+    before = peak(daemon)
     with Sandbox.create(timeout=600) as other, concurrent.futures.ThreadPoolExecutor(len(MODES)) as pool:
         all_of_them = [pool.submit(suffer, sandbox, api, mode) for sandbox, mode in zip(guests, MODES)]
         answers = 0
@@ -100,4 +96,4 @@ def test_such_guests_harm_themselves_alone(impostor, api):
         for f in all_of_them:
             f.result()
         assert answers > 10
-    assert held(daemon) < before + 128 * MIB, "what they send does not pile up"
+    assert peak(daemon) < before + 128 * MIB, "what they send does not pile up"

@@ -113,14 +113,19 @@ def fill(text, things):
     return text.format(**{k: v for k, v in things.items() if isinstance(v, str)})
 
 
+def fill_body(body, things):
+    """The same for a body, in which no other braces are names."""
+    return body and json.loads(json.dumps(body).replace("{template}", things["template"]).replace("{snapshot}", things["snapshot"]))
+
+
 @pytest.mark.parametrize("method, path, body", CROSS_TEAM, ids=lambda v: str(v))
 def test_another_teams_things_are_as_unknown_as_none(things, outsider, method, path, body):
-    filled = json.loads(json.dumps(body).replace("{template}", things["template"]).replace("{snapshot}", things["snapshot"])) if body else body
+    filled = fill_body(body, things)
     answer = outsider.request(method, fill(path, things), json=filled)
     note("another team", f"{method} {path} {json.dumps(body) if body else ''}".strip(), answer)
     assert answer.status_code == 404, answer.text
     nothing = things | {k: "inobodysthing" if k in ("sandbox", "paused") else str(uuid.uuid4()) for k in things if k != "object"}
-    filled = json.loads(json.dumps(body).replace("{template}", nothing["template"]).replace("{snapshot}", nothing["snapshot"])) if body else body
+    filled = fill_body(body, nothing)
     assert outsider.request(method, fill(path, nothing), json=filled).status_code == 404, "no difference to what does not exist"
 
 

@@ -3,10 +3,9 @@
 import concurrent.futures
 import hashlib
 import os
-import re
-from pathlib import Path
 
 import pytest
+from support.checks import peak
 from support.daemon import wait_for
 from support.teams import of_our_daemon
 
@@ -101,12 +100,6 @@ def test_a_gibibyte_of_output_and_constant_memory_on_both_sides(sbx):
     for pid, before in peaks.items():
         assert peak(pid) < before + 64 * MIB, "daemon" if pid == daemon else "client"
     assert resident(sbx) < 64 * MIB
-
-
-def peak(pid):
-    """The most memory that a process of the host has held, in bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) << 10
 
 
 def test_a_reader_that_stands_still_stops_the_command_and_loses_nothing(sbx):

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use chrono::DateTime;
 use http::StatusCode;
 use nidus_proto::node::{
     ServiceInfoResponse, ServiceInfoStatus, ServiceStatusChangeRequest, TemplateBuildDeleteRequest,
@@ -14,9 +13,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::auth::{Admin, Team};
+use crate::auth::Admin;
 use crate::input::Input;
-use crate::keys::stamp;
+use crate::model::stamp;
+use crate::sandboxes::time;
 use crate::store::{BuildStatus, TeamRow};
 use crate::{Api, ApiError, list, pause};
 
@@ -46,12 +46,10 @@ fn node_json(n: &ServiceInfoResponse, started: crate::nodes::Created) -> Value {
             })
         })
         .collect();
-    let t = n.service_status_changed_at.unwrap_or_default();
-    let changed = DateTime::from_timestamp(t.seconds, t.nanos.max(0).cast_unsigned()).unwrap_or_default();
     json!({
         "id": n.node_id, "serviceInstanceID": n.service_id, "clusterID": CLUSTER,
         "version": n.service_version, "commit": n.service_commit,
-        "status": status_name(n.service_status), "statusChangedAt": stamp(changed),
+        "status": status_name(n.service_status), "statusChangedAt": stamp(time(n.service_status_changed_at)),
         "sandboxCount": n.metric_sandboxes_running,
         "createSuccesses": started.done, "createFails": started.failed, "sandboxStartingCount": started.under_way,
         "machineInfo": {
@@ -72,7 +70,7 @@ fn node_json(n: &ServiceInfoResponse, started: crate::nodes::Created) -> Value {
 impl Api {
     /// A team by its id.
     pub(crate) async fn known_team(&self, id: &str) -> Result<TeamRow, ApiError> {
-        let team = self.store.team(id).await?.filter(|t| t.id == id);
+        let team = self.store.team_of_id(id).await?;
         team.ok_or_else(|| ApiError::not_found("There is no such team"))
     }
 
@@ -139,14 +137,10 @@ pub async fn kill_all(
     _: Admin,
     Path(team): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let t = api.known_team(&team).await?;
-    let team = Team { id: t.id, name: t.name };
+    let team = api.known_team(&team).await?;
     pause::to_its_end(async move {
         let (mut killed, mut failed) = (0, 0);
-        for s in api.nodes.list().await? {
-            if s.config.as_ref().is_none_or(|c| c.team_id != team.id) {
-                continue;
-            }
+        for s in api.running_of(&team.id).await? {
             match api.end(list::id(&s), "killed by the administrator").await {
                 Ok(true) => killed += 1,
                 Ok(false) => {}

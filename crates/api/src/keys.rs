@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use chrono::{DateTime, SecondsFormat, Utc};
 use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -12,6 +11,7 @@ use uuid::Uuid;
 
 use crate::auth::{Admin, Manager};
 use crate::input::Input;
+use crate::model::stamp;
 use crate::store::{ApiKey, NewKey};
 use crate::{Api, ApiError};
 
@@ -33,10 +33,6 @@ impl Named {
         }
         Ok(name.to_owned())
     }
-}
-
-pub fn stamp(t: DateTime<Utc>) -> String {
-    t.to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
 /// What may be shown of a key: `e2b_`, its length, its first and last characters.
@@ -74,14 +70,18 @@ pub async fn list(State(api): Shared, Manager(team): Manager) -> Result<Json<Vec
     Ok(Json(all.iter().filter(|k| k.team_id == team.id).map(key_json).collect()))
 }
 
+async fn new_key(api: &Api, team: &str, new: Named) -> Result<(StatusCode, Json<Value>), ApiError> {
+    let name = new.checked()?;
+    let key = api.store.create_key(team, &name).await?;
+    Ok((StatusCode::CREATED, Json(made(&key, &name, "key"))))
+}
+
 pub async fn create(
     State(api): Shared,
     Manager(team): Manager,
     Input(new): Input<Named>,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
-    let name = new.checked()?;
-    let key = api.store.create_key(&team.id, &name).await?;
-    Ok((StatusCode::CREATED, Json(made(&key, &name, "key"))))
+    new_key(&api, &team.id, new).await
 }
 
 pub async fn rename(
@@ -129,9 +129,7 @@ pub async fn admin_create(
     Input(new): Input<Named>,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
     let team = api.known_team(&team).await?;
-    let name = new.checked()?;
-    let key = api.store.create_key(&team.id, &name).await?;
-    Ok((StatusCode::CREATED, Json(made(&key, &name, "key"))))
+    new_key(&api, &team.id, new).await
 }
 
 pub async fn admin_delete(

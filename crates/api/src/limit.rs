@@ -54,11 +54,9 @@ impl Api {
     pub(crate) async fn place(&self, team: &str, sandbox: &str) -> Result<Place, ApiError> {
         // First of all, so that of two that come at once not both find the last place free.
         let place = self.starting.enter(team, sandbox);
-        let limit = self.store.team(team).await?.map_or(0, |t| t.max_sandboxes);
+        let limit = self.store.team_of_id(team).await?.map_or(0, |t| t.max_sandboxes);
         let Ok(limit @ 1..) = usize::try_from(limit) else { return Ok(place) };
-        let running = self.nodes.list().await?;
-        let of_team = running.iter().filter(|s| s.config.as_ref().is_some_and(|c| c.team_id == team));
-        let running = of_team.map(|s| list::id(s).to_owned()).collect();
+        let running = self.running_of(team).await?.iter().map(|s| list::id(s).to_owned()).collect();
         if self.starting.count(team, running) > limit {
             return Err(ApiError::new(
                 StatusCode::TOO_MANY_REQUESTS,

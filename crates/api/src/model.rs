@@ -2,9 +2,14 @@
 
 use std::collections::HashMap;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+/// A time as answers have it: RFC 3339, to the millisecond.
+pub fn stamp(t: DateTime<Utc>) -> String {
+    t.to_rfc3339_opts(SecondsFormat::Millis, true)
+}
 
 /// Body of `POST /sandboxes` and `POST /v2/sandboxes`.
 #[derive(Debug, Deserialize)]

@@ -170,7 +170,7 @@ impl Nodes {
         if let Some(said) = said.filter(|s| s.at.elapsed() < LABELS_KEPT) {
             return Ok(said.vmms);
         }
-        let info = InfoServiceClient::new(self.channel.clone()).service_info(()).await?.into_inner();
+        let info = self.info().await?;
         let vmms: Vec<String> =
             info.labels.iter().filter_map(|l| l.strip_prefix(VMM_LABEL)).map(str::to_owned).collect();
         *self.said.lock() = Some(Said { at: Instant::now(), vmms: vmms.clone() });

@@ -90,8 +90,14 @@ fn listed(known: &Known) -> ListedSandbox {
 impl Api {
     /// A running sandbox of this team. Another team's is as unknown as none.
     pub(crate) async fn running(&self, team: &Team, id: &str) -> Result<Option<RunningSandbox>, ApiError> {
-        let found = self.nodes.list().await?.into_iter().find(|s| list::id(s) == id);
-        Ok(found.filter(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id)))
+        Ok(self.running_of(&team.id).await?.into_iter().find(|s| list::id(s) == id))
+    }
+
+    /// All sandboxes that a team runs.
+    pub(crate) async fn running_of(&self, team: &str) -> Result<Vec<RunningSandbox>, ApiError> {
+        let mut all = self.nodes.list().await?;
+        all.retain(|s| s.config.as_ref().is_some_and(|c| c.team_id == team));
+        Ok(all)
     }
 
     async fn find(&self, team: &Team, id: &str) -> Result<RunningSandbox, ApiError> {
@@ -342,12 +348,6 @@ pub async fn create_v2(
     create(api, team, &headers, asked, |new| new.secure = Some(true), default).await
 }
 
-async fn of_team(api: &Api, team: &Team) -> Result<Vec<RunningSandbox>, ApiError> {
-    let mut all = api.nodes.list().await?;
-    all.retain(|s| s.config.as_ref().is_some_and(|c| c.team_id == team.id));
-    Ok(all)
-}
-
 pub async fn list_v1(
     State(api): Shared,
     team: Team,
@@ -358,7 +358,7 @@ pub async fn list_v1(
         .find(|(name, _)| name == "metadata")
         .map(|(_, value)| list::metadata(&value))
         .unwrap_or_default();
-    let running = of_team(&api, &team).await?.into_iter().map(|sandbox| Known { sandbox, paused: false });
+    let running = api.running_of(&team.id).await?.into_iter().map(|sandbox| Known { sandbox, paused: false });
     let mut all: Vec<ListedSandbox> = running.map(|k| listed(&k)).collect();
     all.retain(|s| wanted.iter().all(|(k, v)| s.metadata.get(k) == Some(v)));
     all.sort_by(|a, b| b.started_at.cmp(&a.started_at).then_with(|| a.sandbox_id.cmp(&b.sandbox_id)));
@@ -371,7 +371,7 @@ pub async fn list_v2(
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
     let query = Query::parse(query.as_deref().unwrap_or_default())?;
-    let running = of_team(&api, &team).await?;
+    let running = api.running_of(&team.id).await?;
     let paused = if query.paused { pause::paused_of_team(&api, &team, &running).await? } else { Vec::new() };
     let running = running.into_iter().map(|sandbox| Known { sandbox, paused: false });
     let all = running.chain(paused.into_iter().map(|sandbox| Known { sandbox, paused: true }));

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::auth::Team;
 use crate::input::Input;
-use crate::keys::stamp;
+use crate::model::stamp;
 use crate::observe::Asked;
 use crate::pause::conflict;
 use crate::sandboxes::shown;
@@ -101,10 +101,8 @@ fn names(value: &str) -> impl Iterator<Item = &str> {
 
 impl Api {
     async fn secret(&self, team: &Team, selector: &str) -> Result<SecretRow, ApiError> {
-        let found = match self.store.secret(&team.id, selector).await? {
-            None => self.store.secret(&team.id, &selector.to_lowercase()).await?,
-            found => found,
-        };
+        // Ids and names are both kept in lower case.
+        let found = self.store.secret(&team.id, &selector.to_lowercase()).await?;
         found.ok_or_else(|| ApiError::not_found(format!("Secret '{}' was not found", shown(selector))))
     }
 

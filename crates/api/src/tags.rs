@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::auth::Team;
 use crate::input::Input;
-use crate::keys::stamp;
+use crate::model::stamp;
 use crate::observe::Asked;
 use crate::store::{AssignmentRow, BuildRow, BuildStatus, TagRow, TemplateRow};
 use crate::{Api, ApiError};
@@ -67,7 +67,7 @@ fn row(t: &TagRow) -> Value {
     json!({
         "tag": t.tag,
         "buildID": t.build_id,
-        "createdAt": t.created_at.to_rfc3339_opts(chrono::SecondsFormat::Millis, true),
+        "createdAt": stamp(t.created_at),
     })
 }
 

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::auth::Team;
 use crate::input::{Input, OptionalInput};
-use crate::model::{NewTemplate, Registry, StartBuild};
+use crate::model::{NewTemplate, Registry, StartBuild, stamp};
 use crate::store::{BuildStatus, TemplateRow};
 use crate::tags::{DEFAULT_TAG, check_tag, split};
 use crate::templates::check_name;
@@ -102,7 +102,6 @@ pub async fn request_v2(
     let (t, build, _) = request(&api, &team, new).await?;
     let row = api.store.build(&build).await?;
     let row = row.ok_or_else(|| ApiError::not_found("The build is gone already"))?;
-    let stamp = |t: chrono::DateTime<chrono::Utc>| t.to_rfc3339_opts(chrono::SecondsFormat::Millis, true);
     let answer = json!({
         "templateID": t.id, "buildID": build, "cpuCount": row.cpu_count, "memoryMB": row.memory_mb,
         "diskSizeMB": row.disk_mb, "public": t.public, "aliases": t.aliases,

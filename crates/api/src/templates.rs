@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, Query, State};
-use chrono::{DateTime, Utc};
 use http::StatusCode;
 use nidus_proto::node::{
     LogLevel, LogsDirection, TemplateBuildDeleteRequest, TemplateBuildLogEntry, TemplateStatusRequest,
@@ -14,6 +13,8 @@ use serde_json::{Value, json};
 
 use crate::auth::Team;
 use crate::input::Input;
+use crate::model::stamp;
+use crate::sandboxes::time;
 use crate::store::{BuildRow, BuildStatus, TemplateRow};
 use crate::tags::split;
 use crate::{Api, ApiError};
@@ -24,10 +25,6 @@ pub const MAX_NAME: usize = 64;
 const MAX_ENTRIES: u32 = 100;
 
 type Shared = State<Arc<Api>>;
-
-fn stamp(t: DateTime<Utc>) -> String {
-    t.to_rfc3339_opts(chrono::SecondsFormat::Millis, true)
-}
 
 fn template_json(t: &TemplateRow, builds: &[BuildRow]) -> Value {
     let ready = builds.iter().find(|b| b.status == BuildStatus::Ready).or(builds.first());
@@ -222,10 +219,8 @@ fn level(name: &str) -> Result<i32, ApiError> {
 }
 
 fn log_json(e: &TemplateBuildLogEntry) -> Value {
-    let t = e.timestamp.unwrap_or_default();
-    let time = DateTime::from_timestamp(t.seconds, t.nanos.max(0).cast_unsigned()).unwrap_or_default();
     let level = LogLevel::try_from(e.level).unwrap_or(LogLevel::Info).as_str_name().to_lowercase();
-    let mut entry = json!({ "timestamp": stamp(time), "message": e.message, "level": level });
+    let mut entry = json!({ "timestamp": stamp(time(e.timestamp)), "message": e.message, "level": level });
     if let Some(step) = e.fields.get("step") {
         entry["step"] = json!(step);
     }

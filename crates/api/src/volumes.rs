@@ -6,9 +6,8 @@ use axum::Json;
 use axum::body::{Body, BodyDataStream};
 use axum::extract::{FromRequestParts, Path, State};
 use axum::response::{IntoResponse, Response};
-use chrono::DateTime;
 use futures::{Stream, StreamExt, TryStreamExt};
-use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode};
 use nidus_proto::node::*;
@@ -16,12 +15,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::auth::Team;
+use crate::auth::{Team, bearer, refused};
 use crate::input::Input;
-use crate::keys::stamp;
+use crate::model::stamp;
 use crate::observe::Asked;
 use crate::pause::conflict;
-use crate::sandboxes::shown;
+use crate::sandboxes::{shown, time};
 use crate::store::VolumeRow;
 use crate::{Api, ApiError};
 
@@ -118,13 +117,10 @@ impl FromRequestParts<Arc<Api>> for Content {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, ApiError> {
-        let refused = |text: &str| ApiError::new(StatusCode::UNAUTHORIZED, text);
         let Path(id) = Path::<String>::from_request_parts(parts, api)
             .await
             .map_err(|_| ApiError::not_found("There is no such volume"))?;
-        let sent = parts.headers.get(AUTHORIZATION).and_then(|v| v.to_str().ok());
-        let token = sent.and_then(|v| v.split_once(' ')).filter(|(k, _)| k.eq_ignore_ascii_case("bearer"));
-        let token = token.map(|(_, t)| t.trim()).ok_or_else(|| refused("The volume's token is missing"))?;
+        let token = bearer(parts).ok_or_else(|| refused("The volume's token is missing"))?;
         // As it is kept, so that one volume has one name.
         let id = Uuid::try_parse(&id).map(|id| id.to_string()).unwrap_or_default();
         if !api.config.master_key.is_token(&token_text(&id), token) {
@@ -149,10 +145,7 @@ fn force(asked: &Asked) -> Result<bool, ApiError> {
 
 fn entry_json(e: Option<EntryInfo>) -> Value {
     let e = e.unwrap_or_default();
-    let time = |t: Option<prost_types::Timestamp>| {
-        let t = t.unwrap_or_default();
-        stamp(DateTime::from_timestamp(t.seconds, t.nanos.max(0).cast_unsigned()).unwrap_or_default())
-    };
+    let at = |t| stamp(time(t));
     let kind = match e.r#type() {
         FileType::File => "file",
         FileType::Directory => "directory",
@@ -161,8 +154,8 @@ fn entry_json(e: Option<EntryInfo>) -> Value {
     };
     let mut answer = json!({
         "name": e.name, "type": kind, "path": e.path, "size": e.size, "mode": e.mode,
-        "uid": e.uid, "gid": e.gid, "atime": time(e.accessed_time), "mtime": time(e.modified_time),
-        "ctime": time(e.created_time),
+        "uid": e.uid, "gid": e.gid, "atime": at(e.accessed_time), "mtime": at(e.modified_time),
+        "ctime": at(e.created_time),
     });
     if let Some(target) = e.symlink_target {
         answer["target"] = json!(target);

@@ -10,8 +10,8 @@ use nidus_volume::{Attributes, Entry, Kind, VolumeError, VolumePath, Volumes};
 use prost::Message;
 use prost_types::Timestamp;
 use tokio::sync::mpsc;
+use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status, Streaming};
 use uuid::Uuid;
 
@@ -230,7 +230,7 @@ impl VolumeService for VolumesOf {
                 }
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(|m| m))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
     async fn delete_path(

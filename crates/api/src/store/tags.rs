@@ -34,6 +34,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let wrap = sql("set tags");
         let mut tx = self.write().await.map_err(&wrap)?;
+        let at = now();
         for tag in tags {
             sqlx::query(
                 "INSERT INTO tags (template_id, tag, build_id, created_at) VALUES ($1, $2, $3, $4) \
@@ -42,7 +43,7 @@ impl Store {
             .bind(template)
             .bind(tag)
             .bind(build)
-            .bind(now())
+            .bind(at)
             .execute(&mut *tx)
             .await
             .map_err(&wrap)?;
@@ -53,7 +54,7 @@ impl Store {
             .bind(template)
             .bind(tag)
             .bind(build)
-            .bind(now())
+            .bind(at)
             .execute(&mut *tx)
             .await
             .map_err(&wrap)?;

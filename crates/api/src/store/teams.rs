@@ -59,12 +59,20 @@ impl Store {
         rows.iter().map(|r| team(r, 0)).collect::<Result<_, _>>().map_err(wrap)
     }
 
+    /// One team by its id.
+    pub(crate) async fn team_of_id(&self, id: &str) -> Result<Option<TeamRow>, StoreError> {
+        let wrap = sql("look a team up");
+        let query = sqlx::AssertSqlSafe(format!("SELECT {TEAM} FROM teams t WHERE t.id = $1"));
+        let row = sqlx::query(query).bind(id).fetch_optional(&self.pool).await.map_err(&wrap)?;
+        row.map(|r| team(&r, 0)).transpose().map_err(wrap)
+    }
+
     /// One team, by its id, or by its name if only one has that.
     pub async fn team(&self, id_or_name: &str) -> Result<Option<TeamRow>, StoreError> {
-        let mut all = self.teams().await?;
-        if let Some(at) = all.iter().position(|t| t.id == id_or_name) {
-            return Ok(Some(all.swap_remove(at)));
+        if let Some(team) = self.team_of_id(id_or_name).await? {
+            return Ok(Some(team));
         }
+        let mut all = self.teams().await?;
         all.retain(|t| t.name == id_or_name);
         Ok(if all.len() == 1 { all.pop() } else { None })
     }
