@@ -7,14 +7,18 @@ from pathlib import Path
 import httpx
 import pytest
 from e2b import Sandbox
+from support.daemon import TIME_FACTOR
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 # Long enough for any test under emulation; short enough that a lost sandbox soon ends by itself.
-SANDBOX_SECONDS = 600
+SANDBOX_SECONDS = int(600 * TIME_FACTOR)
 
 
 pytest_plugins = ["support.methods"]
+
+# httpx's own 5 s for a request are short on a loaded or emulated machine.
+httpx._config.DEFAULT_TIMEOUT_CONFIG.__init__(60 * TIME_FACTOR)
 
 # What `nidus env` prints.
 VARIABLES = ("E2B_API_URL", "E2B_SANDBOX_URL", "E2B_API_KEY", "E2B_VOLUME_API_URL")
@@ -76,7 +80,7 @@ def folder(sbx):
 @pytest.fixture(scope="session")
 def api():
     """Raw REST with the key of the environment."""
-    with httpx.Client(base_url=os.environ["E2B_API_URL"], headers={"X-API-Key": os.environ["E2B_API_KEY"]}, timeout=60) as client:
+    with httpx.Client(base_url=os.environ["E2B_API_URL"], headers={"X-API-Key": os.environ["E2B_API_KEY"]}, timeout=60 * TIME_FACTOR) as client:
         yield client
 
 

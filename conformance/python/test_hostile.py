@@ -9,7 +9,7 @@ import httpx
 import pytest
 from e2b import Sandbox
 from support.checks import peak
-from support.daemon import wait_for
+from support.daemon import TIME_FACTOR, wait_for
 from support.teams import of_our_daemon
 
 IMPOSTOR = (Path(__file__).resolve().parents[1] / "support/guest_envd.py").read_text()
@@ -17,7 +17,7 @@ IMPOSTOR = (Path(__file__).resolve().parents[1] / "support/guest_envd.py").read_
 POLITE = ("endless-body", "long-promise", "wrong-json")
 MODES = ["garbage", "silent", "endless-headers", "endless-body", "long-promise", "wrong-json"]
 # Longest time that a call about such a guest may take. The daemon's own limits are shorter.
-LIMIT = 90
+LIMIT = 90 * TIME_FACTOR
 MIB = 1 << 20
 
 
@@ -41,7 +41,7 @@ def impostor():
     made = []
 
     def make(mode):
-        sandbox = Sandbox.create(timeout=600, metadata={"mode": mode})
+        sandbox = Sandbox.create(timeout=int(600 * TIME_FACTOR), metadata={"mode": mode})
         made.append(sandbox)
         sandbox.files.write("/root/mode", mode, user="root")
         sandbox.files.write("/root/impostor", IMPOSTOR, user="root")
@@ -69,29 +69,29 @@ def suffer(sandbox, api, mode):
     assert time.monotonic() - began < LIMIT, mode
     if paused.status_code == 204:
         began = time.monotonic()
-        resumed = api.post(f"{url}/resume", json={"timeout": 300}, timeout=LIMIT)
+        resumed = api.post(f"{url}/resume", json={"timeout": int(300 * TIME_FACTOR)}, timeout=LIMIT)
         # Whoever answers as envd does may pass for envd: that is the guest's own affair.
         wanted = (201, 500, 502, 504) if mode in POLITE else (500, 502, 504)
         assert resumed.status_code in wanted, (mode, resumed.text)
         assert time.monotonic() - began < LIMIT, mode
     began = time.monotonic()
     assert api.delete(url, timeout=LIMIT).status_code == 204, mode
-    assert time.monotonic() - began < 30, mode
+    assert time.monotonic() - began < 30 * TIME_FACTOR, mode
     assert api.get(url).status_code == 404, mode
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 * TIME_FACTOR)
 def test_such_guests_harm_themselves_alone(impostor, api):
     daemon = int(of_our_daemon("NIDUS_TEST_DAEMON_PID"))
     guests = [impostor(mode) for mode in MODES]
     before = peak(daemon)
-    with Sandbox.create(timeout=600) as other, concurrent.futures.ThreadPoolExecutor(len(MODES)) as pool:
+    with Sandbox.create(timeout=int(600 * TIME_FACTOR)) as other, concurrent.futures.ThreadPoolExecutor(len(MODES)) as pool:
         all_of_them = [pool.submit(suffer, sandbox, api, mode) for sandbox, mode in zip(guests, MODES)]
         answers = 0
         while not all(f.done() for f in all_of_them):
             began = time.monotonic()
             assert other.commands.run("echo fine").stdout == "fine\n"
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 20 * TIME_FACTOR
             answers += 1
         for f in all_of_them:
             f.result()

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from e2b import Sandbox, Secret, Template, Volume
+from support.daemon import TIME_FACTOR
 from support.teams import new_team
 
 REPORTS = os.environ.get("NIDUS_REPORT_DIR")
@@ -75,7 +76,7 @@ ID_ROUTES = [
 def things():
     """One of everything, of the team that all other tests are of."""
     name = f"mine-{uuid.uuid4().hex[:8]}"
-    sandbox, paused = Sandbox.create(timeout=600), Sandbox.create(timeout=600)
+    sandbox, paused = Sandbox.create(timeout=int(600 * TIME_FACTOR)), Sandbox.create(timeout=int(600 * TIME_FACTOR))
     paused.pause()
     snapshot = sandbox.create_snapshot()
     built = Template.build(Template().from_template("base").run_cmd("true"), name, cpu_count=1, memory_mb=512)

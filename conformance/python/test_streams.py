@@ -6,10 +6,12 @@ import os
 
 import pytest
 from support.checks import peak
-from support.daemon import wait_for
+from support.daemon import TIME_FACTOR, wait_for
 from support.teams import of_our_daemon
 
 MIB = 1 << 20
+
+pytestmark = pytest.mark.timeout(600 * TIME_FACTOR)
 
 
 def envd_descriptors(sbx):
@@ -43,7 +45,7 @@ def test_fifty_commands_at_once_lose_no_byte(sbx):
     wanted = "".join(f"{n}\n" for n in range(1, 20001))
 
     def run(n):
-        return sbx.commands.run(f"seq 1 20000; echo {n} >&2", timeout=300, request_timeout=300)
+        return sbx.commands.run(f"seq 1 20000; echo {n} >&2", timeout=300 * TIME_FACTOR, request_timeout=300 * TIME_FACTOR)
 
     sockets = []
     for _ in range(2):
@@ -63,12 +65,12 @@ def test_two_hundred_mebibytes_up_and_down(sbx, folder):
     whole = b"".join(pieces * 25)
     digest = hashlib.sha256(whole).hexdigest()
     forget_peak(sbx)
-    sbx.files.write(f"{folder}/large", whole, request_timeout=600)
+    sbx.files.write(f"{folder}/large", whole, request_timeout=600 * TIME_FACTOR)
     del whole
-    assert sbx.commands.run(f"sha256sum {folder}/large", timeout=300).stdout.split()[0] == digest
+    assert sbx.commands.run(f"sha256sum {folder}/large", timeout=300 * TIME_FACTOR).stdout.split()[0] == digest
     seen = hashlib.sha256()
     size = 0
-    for chunk in sbx.files.read(f"{folder}/large", format="stream", request_timeout=600):
+    for chunk in sbx.files.read(f"{folder}/large", format="stream", request_timeout=600 * TIME_FACTOR):
         seen.update(chunk)
         size += len(chunk)
     assert (size, seen.hexdigest()) == (200 * MIB, digest)
@@ -76,7 +78,7 @@ def test_two_hundred_mebibytes_up_and_down(sbx, folder):
     sbx.files.remove(f"{folder}/large")
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1200 * TIME_FACTOR)
 def test_a_gibibyte_of_output_and_constant_memory_on_both_sides(sbx):
     size = 1 << 30
     seen = hashlib.sha256()
@@ -91,7 +93,7 @@ def test_a_gibibyte_of_output_and_constant_memory_on_both_sides(sbx):
     forget_peak(sbx)
     peaks = {pid: peak(pid) for pid in (daemon, os.getpid())}
     command = f"yes {'x' * 1023} | head -c {size}"
-    result = sbx.commands.run(command, on_stdout=on_stdout, retain_output=False, timeout=1100, request_timeout=1200)
+    result = sbx.commands.run(command, on_stdout=on_stdout, retain_output=False, timeout=1100 * TIME_FACTOR, request_timeout=1200 * TIME_FACTOR)
     assert result.exit_code == 0 and count == size
     wanted = hashlib.sha256()
     for _ in range(1 << 10):
@@ -105,7 +107,7 @@ def test_a_gibibyte_of_output_and_constant_memory_on_both_sides(sbx):
 def test_a_reader_that_stands_still_stops_the_command_and_loses_nothing(sbx):
     """Back-pressure reaches the process; the guest's memory does not fill with what nobody reads."""
     forget_peak(sbx)
-    handle = sbx.commands.run("yes y | head -c 300M", background=True, retain_output=False, timeout=600, request_timeout=600)
+    handle = sbx.commands.run("yes y | head -c 300M", background=True, retain_output=False, timeout=600 * TIME_FACTOR, request_timeout=600 * TIME_FACTOR)
     output = iter(handle)
     first = next(output)
     busy = lambda: sbx.commands.run("ps -C yes -o cputimes= | head -1", user="root").stdout.strip()

@@ -16,6 +16,7 @@ import e2b
 import httpx
 import pytest
 from e2b import CommandExitException, FilesystemEventType, NotFoundException, PtySize, SandboxNotFoundException
+from support.daemon import TIME_FACTOR
 
 KITS = {
     "sync": SimpleNamespace(Sandbox=e2b.Sandbox, Template=e2b.Template),
@@ -40,6 +41,7 @@ async def box(kit):
 
 
 async def until(what, condition, seconds=60):
+    seconds *= TIME_FACTOR
     deadline = time.monotonic() + seconds
     while not (answer := await done(condition())):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
