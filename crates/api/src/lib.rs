@@ -31,6 +31,7 @@ mod store;
 mod tags;
 mod template_builds;
 mod templates;
+mod volume_mounts;
 mod volumes;
 
 use std::sync::Arc;

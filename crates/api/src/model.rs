@@ -30,7 +30,14 @@ pub struct NewSandbox {
     pub metadata: Option<HashMap<String, String>>,
     pub env_vars: Option<HashMap<String, String>>,
     pub iam: Option<Value>,
-    pub volume_mounts: Option<Vec<Value>>,
+    pub volume_mounts: Option<Vec<VolumeMount>>,
+}
+
+/// A volume of the team, by its name, and where it is in a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    pub name: String,
+    pub path: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -164,6 +171,8 @@ pub struct ListedSandbox {
     pub metadata: HashMap<String, String>,
     pub state: &'static str,
     pub envd_version: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub volume_mounts: Vec<VolumeMount>,
 }
 
 /// One sandbox, with what its owner may know.

@@ -23,7 +23,7 @@ use crate::model::{
 };
 use crate::pause;
 use crate::store::{BuildRow, TemplateRow};
-use crate::{Api, ApiError, auto_resume, network, repeats};
+use crate::{Api, ApiError, auto_resume, network, repeats, volume_mounts};
 
 /// Time of a sandbox made by the old call when it does not say (contract).
 const OLD_DEFAULT: Duration = Duration::from_secs(15);
@@ -84,6 +84,7 @@ fn listed(known: &Known) -> ListedSandbox {
         metadata: c.metadata,
         state: if known.paused { "paused" } else { "running" },
         envd_version: c.envd_version,
+        volume_mounts: volume_mounts::shown(c.volume_mounts),
     }
 }
 
@@ -193,6 +194,7 @@ impl Api {
         let (template, build) = self.usable(&team.id, &new.template_id).await?;
         self.nodes.check_runs(&build.vmm_version).await?;
         let network = network::of_new(new.network)?;
+        let volume_mounts = self.volume_mounts(&team, new.volume_mounts.unwrap_or_default()).await?;
         let config = SandboxConfig {
             template_id: template.id.clone(),
             build_id: build.id.clone(),
@@ -216,6 +218,7 @@ impl Api {
             auto_pause_filesystem_only: new.auto_pause_memory == Some(false),
             auto_resume: new.auto_resume.filter(|r| r.enabled).map(|_| auto_resume::policy(seconds)),
             network,
+            volume_mounts,
             ..SandboxConfig::default()
         };
         let made = self.start_sandbox(config, length, false).await?;
@@ -230,11 +233,12 @@ impl Api {
     /// disk alone.
     pub(crate) async fn start_sandbox(
         &self,
-        config: SandboxConfig,
+        mut config: SandboxConfig,
         length: TimeDelta,
         reboot: bool,
     ) -> Result<Sandbox, ApiError> {
         let _place = self.place(&config.team_id, &config.sandbox_id).await?;
+        self.forget_deleted_volumes(&mut config).await?;
         let mut filled = config.clone();
         if let Some(egress) = filled.network.as_mut().and_then(|n| n.egress.as_mut()) {
             self.fill_secrets(&config.team_id, egress).await?;
@@ -268,15 +272,7 @@ fn refuse_unsupported(new: &NewSandbox) -> Result<(), ApiError> {
     let asked = |v: &Option<Value>| {
         v.as_ref().is_some_and(|v| !v.is_null() && v.as_object().is_none_or(|o| !o.is_empty()))
     };
-    for (is, what) in [
-        (asked(&new.iam), "iam"),
-        (new.volume_mounts.as_ref().is_some_and(|v| !v.is_empty()), "volumeMounts"),
-    ] {
-        if is {
-            return Err(ApiError::not_yet(what));
-        }
-    }
-    Ok(())
+    if asked(&new.iam) { Err(ApiError::not_yet("iam")) } else { Ok(()) }
 }
 
 /// A pause without memory is one at the end of the time, and traffic does not end it.

@@ -119,6 +119,14 @@ impl Slot {
     }
 }
 
+/// A slot's listeners that are not the gateway's own.
+pub struct Services {
+    /// Hyperloop's.
+    pub hyperloop: TcpListener,
+    /// Of the guest's volumes.
+    pub volumes: TcpListener,
+}
+
 /// One sandbox's part of the gateway. Closed before its slot is given back.
 pub struct SlotGateway {
     slot: Arc<Slot>,
@@ -180,7 +188,7 @@ impl Gateway {
         self.dialer.admit(policy).await
     }
 
-    /// Serves a slot's sockets for the sandbox that has it now. `hyperloop` serves the listener that is its own.
+    /// Serves a slot's sockets for the sandbox that has it now. `services` serves the listeners that are not its own.
     ///
     /// # Errors
     /// When the sockets cannot be watched.
@@ -188,7 +196,7 @@ impl Gateway {
         self: &Arc<Self>,
         sockets: GatewaySockets,
         policy: Policy,
-        hyperloop: impl FnOnce(TcpListener, CancellationToken) -> F,
+        services: impl FnOnce(Services, CancellationToken) -> F,
     ) -> io::Result<SlotGateway>
     where
         F: Future<Output = ()> + Send + 'static,
@@ -205,11 +213,14 @@ impl Gateway {
         let tcp = TcpListener::from_std(sockets.tcp)?;
         let dns_udp = UdpSocket::from_std(sockets.dns_udp)?;
         let dns_tcp = TcpListener::from_std(sockets.dns_tcp)?;
-        let own = TcpListener::from_std(sockets.hyperloop)?;
+        let others = Services {
+            hyperloop: TcpListener::from_std(sockets.hyperloop)?,
+            volumes: TcpListener::from_std(sockets.volumes)?,
+        };
         slot.tracker.spawn(tcp::serve(slot.clone(), tcp));
         slot.tracker.spawn(forward::serve_udp(slot.clone(), dns_udp));
         slot.tracker.spawn(forward::serve_tcp(slot.clone(), dns_tcp));
-        slot.tracker.spawn(hyperloop(own, slot.stop.clone()));
+        slot.tracker.spawn(services(others, slot.stop.clone()));
         slot.tracker.close();
         Ok(SlotGateway { slot })
     }

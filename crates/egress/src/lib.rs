@@ -24,7 +24,7 @@ mod tcp;
 pub use ca::CaError;
 pub use counters::CounterSnapshot;
 pub use dns::{Asked, ResolveError, Resolver, datagram, parse_question, reply};
-pub use gateway::{Gateway, GatewayConfig, GatewayError, SlotGateway};
+pub use gateway::{Gateway, GatewayConfig, GatewayError, Services, SlotGateway};
 pub use names::host_name;
 pub use policy::{EgressConfig, Policy, PolicyError, ProxyTls, SocksProxy, Verdict};
 pub use sniff::{Sniffed, sniff};

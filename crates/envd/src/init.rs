@@ -1,12 +1,14 @@
 //! `POST /init`: the host tells the guest who it is. On the path of every sandbox's start, so it
 //! runs on the one thread, without file work unless it is asked for.
 
+use std::sync::Arc;
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use nidus_envd_protocol::{ENVD_VERSION, InitRequest};
+use nidus_envd_protocol::{ENVD_VERSION, InitRequest, VolumeMount};
 
 use crate::auth;
 use crate::body::Body;
@@ -18,11 +20,15 @@ use crate::system::SystemError;
 const MAX_BODY_BYTES: usize = 4 << 20;
 
 /// Answers `POST /init`; every answer names envd's version.
-pub async fn handle(request: Request<Incoming>, state: &State) -> Response<Body> {
+pub async fn handle(request: Request<Incoming>, state: &Arc<State>) -> Response<Body> {
     let (parts, body) = request.into_parts();
-    let done = match Limited::new(body, MAX_BODY_BYTES).collect().await {
+    let applied = match Limited::new(body, MAX_BODY_BYTES).collect().await {
         Ok(body) => apply(&parts.headers, &body.to_bytes(), state),
         Err(e) => Err(HttpError::bad_request(format!("cannot read the request: {e}"))),
+    };
+    let done = match applied {
+        Ok(Some(volumes)) => mount(volumes, state).await,
+        applied => applied.map(drop),
     };
     let mut response = match done {
         Ok(()) => reply::status(StatusCode::NO_CONTENT),
@@ -33,17 +39,28 @@ pub async fn handle(request: Request<Incoming>, state: &State) -> Response<Body>
     response
 }
 
-fn apply(headers: &HeaderMap, body: &[u8], state: &State) -> Result<(), HttpError> {
-    let request: InitRequest = if body.is_empty() {
+/// Where it may wait for the host.
+async fn mount(volumes: Vec<VolumeMount>, state: &Arc<State>) -> Result<(), HttpError> {
+    let state = state.clone();
+    let done = tokio::task::spawn_blocking(move || state.mounts.set(&volumes)).await;
+    done.map_err(|e| HttpError::internal(format!("the work on volumes broke off: {e}")))?.map_err(|e| {
+        if e.is_bad_request() { HttpError::bad_request(e.to_string()) } else { HttpError::internal(e.to_string()) }
+    })
+}
+
+/// All but the volumes, which are handed back if they are to be looked after.
+fn apply(
+    headers: &HeaderMap,
+    body: &[u8],
+    state: &State,
+) -> Result<Option<Vec<VolumeMount>>, HttpError> {
+    let mut request: InitRequest = if body.is_empty() {
         InitRequest::default()
     } else {
         serde_json::from_slice(body)
             .map_err(|e| HttpError::bad_request(format!("cannot decode the request: {e}")))?
     };
     state.settings(|settings| authorise(settings, headers, &request))?;
-    if request.volume_mounts.as_ref().is_some_and(|v| !v.is_empty()) {
-        return Err(HttpError::new(StatusCode::NOT_IMPLEMENTED, "network volumes are not supported"));
-    }
     // Random state first, and of a stale call too: more never hurts.
     if let Some(entropy) = &request.entropy {
         let bytes = STANDARD
@@ -52,8 +69,9 @@ fn apply(headers: &HeaderMap, body: &[u8], state: &State) -> Result<(), HttpErro
         state.system.add_entropy(&bytes).map_err(refused)?;
     }
     if !state.settings(|settings| is_news(settings, &request)) {
-        return Ok(());
+        return Ok(None);
     }
+    let volumes = request.volume_mounts.take().filter(|_| state.system.is_enabled());
     if let Some(time) = request.timestamp {
         state.system.set_clock(time).map_err(refused)?;
     }
@@ -70,7 +88,8 @@ fn apply(headers: &HeaderMap, body: &[u8], state: &State) -> Result<(), HttpErro
         store(settings, request);
         settings.envs.clone()
     });
-    state.system.tell_identity(&envs).map_err(refused)
+    state.system.tell_identity(&envs).map_err(refused)?;
+    Ok(volumes)
 }
 
 /// The first call sets the token; later ones must bring it, as the new one or in the header, to
@@ -134,7 +153,7 @@ mod tests {
         if let Some(token) = header {
             headers.insert("x-access-token", HeaderValue::from_static(token));
         }
-        apply(&headers, json.as_bytes(), state).map_or_else(|e| e.status.as_u16(), |()| 204)
+        apply(&headers, json.as_bytes(), state).map_or_else(|e| e.status.as_u16(), |_| 204)
     }
 
     #[test]
@@ -179,6 +198,5 @@ mod tests {
         for bad in ["{", r#"{"entropy":"%"}"#, r#"{"entropy":""}"#, r#"{"hyperloopIP":"x"}"#] {
             assert_eq!(call(&state, None, bad), 400, "{bad}");
         }
-        assert_eq!(call(&state, None, r#"{"volumeMounts":[{"nfs_target":"a:/b","path":"/c"}]}"#), 501);
     }
 }

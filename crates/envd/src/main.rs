@@ -10,6 +10,7 @@ mod filesystem;
 mod flags;
 mod init;
 mod metrics;
+mod mounts;
 mod paths;
 mod process;
 mod reply;

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use parking_lot::Mutex;
 
 use crate::filesystem::Watchers;
+use crate::mounts::Mounts;
 use crate::process::Processes;
 use crate::system::System;
 
@@ -44,6 +45,8 @@ pub struct State {
     pub processes: Processes,
     /// Watchers that collect events until asked.
     pub watchers: Watchers,
+    /// Volumes that are mounted.
+    pub mounts: Mounts,
     /// Processor time at the last look, for `/metrics`.
     pub cpu: crate::metrics::CpuClock,
 }
@@ -63,6 +66,7 @@ impl State {
             system: System::new(system),
             processes: Processes::default(),
             watchers: Watchers::default(),
+            mounts: Mounts::default(),
             cpu: crate::metrics::CpuClock::default(),
         }
     }

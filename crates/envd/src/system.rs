@@ -63,6 +63,11 @@ impl System {
         Self { enabled, random }
     }
 
+    /// Whether changes are made.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
     /// Sets the clock when it is off; see [`MAX_BEHIND`] and [`MAX_AHEAD`].
     pub fn set_clock(&self, host: DateTime<Utc>) -> Result<(), SystemError> {
         if !self.enabled || !is_off(Utc::now(), host) {

@@ -2,7 +2,7 @@
 //! the network interface, starts envd and stays to reap what nobody waits for.
 //!
 //! The initramfs holds this program as `/init`, the modules and `/modules.order`, their paths
-//! one a line. Kernel command line: `nidus.probe=1` says so on the console and ends (the
+//! one a line, after a dash where a guest can do without. Kernel command line: `nidus.probe=1` says so on the console and ends (the
 //! host asks whether this kernel runs under its accelerator); `nidus.envd=PATH` names another
 //! program than `/usr/bin/envd`.
 
@@ -82,14 +82,24 @@ fn end() -> ! {
 
 fn load_modules() -> Result<(), Failure> {
     let order = fs::read_to_string("/modules.order").unwrap_or_default();
-    for path in order.lines().filter(|l| !l.is_empty()) {
-        let file = File::open(path).map_err(|e| Failure::new(format!("open {path}"), e))?;
-        match finit_module(&file, c"", ModuleInitFlags::empty()) {
-            Ok(()) | Err(nix::Error::EEXIST) => {}
-            Err(e) => return Err(Failure::new(format!("load {path}"), e)),
+    for line in order.lines().filter(|l| !l.is_empty()) {
+        let (path, optional) = line.strip_prefix('-').map_or((line, false), |path| (path, true));
+        match load(path) {
+            Err(Failure(text)) if optional => say(&text),
+            loaded => loaded?,
         }
+        // What is loaded is a copy. The file would stay in memory, below the root, for as long as the guest runs.
+        let _ = fs::remove_file(path);
     }
     Ok(())
+}
+
+fn load(path: &str) -> Result<(), Failure> {
+    let file = File::open(path).map_err(|e| Failure::new(format!("open {path}"), e))?;
+    match finit_module(&file, c"", ModuleInitFlags::empty()) {
+        Ok(()) | Err(nix::Error::EEXIST) => Ok(()),
+        Err(e) => Err(Failure::new(format!("load {path}"), e)),
+    }
 }
 
 /// Devices come a moment after their driver; devtmpfs has no event to wait for without udev.

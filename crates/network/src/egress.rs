@@ -15,6 +15,7 @@ pub const HYPERLOOP_IP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 pub(crate) const TCP_PORT: u16 = 10_001;
 pub(crate) const DNS_PORT: u16 = 10_053;
 pub(crate) const HYPERLOOP_PORT: u16 = 10_080;
+pub(crate) const VOLUMES_PORT: u16 = 10_049;
 
 /// What a guest never reaches: "this network", private, shared, loopback, link-local, protocol
 /// assignments, hyperloop's own, 6to4 relays, benchmarking, multicast and reserved ranges (IANA's
@@ -91,6 +92,8 @@ pub struct GatewaySockets {
     pub dns_tcp: TcpListener,
     /// Hyperloop's.
     pub hyperloop: TcpListener,
+    /// Of the volumes that the guest has mounted (NFS), at hyperloop's address.
+    pub volumes: TcpListener,
 }
 
 impl GatewaySockets {
@@ -112,6 +115,7 @@ impl GatewaySockets {
             dns_udp,
             dns_tcp: listen(DNS_PORT)?,
             hyperloop: listen(HYPERLOOP_PORT)?,
+            volumes: listen(VOLUMES_PORT)?,
         })
     }
 
@@ -123,6 +127,7 @@ impl GatewaySockets {
             dns_udp: self.dns_udp.try_clone().map_err(wrap)?,
             dns_tcp: self.dns_tcp.try_clone().map_err(wrap)?,
             hyperloop: self.hyperloop.try_clone().map_err(wrap)?,
+            volumes: self.volumes.try_clone().map_err(wrap)?,
         })
     }
 }

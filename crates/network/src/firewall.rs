@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use ipnet::Ipv4Net;
 
-use crate::egress::{DENIED, DNS_PORT, HYPERLOOP_IP, HYPERLOOP_PORT, TCP_PORT};
+use crate::egress::{DENIED, DNS_PORT, HYPERLOOP_IP, HYPERLOOP_PORT, TCP_PORT, VOLUMES_PORT};
 use crate::slot::{Addresses, NetworkConfig};
 use crate::{GUEST_IP, GUEST_MAC, NetworkError, TAP_NAME};
 
@@ -81,6 +81,7 @@ pub fn slot_rules(a: &Addresses, c: &NetworkConfig) -> String {
     type nat hook prerouting priority dstnat; policy accept;
     iifname eth0 ip daddr {host_ip} dnat ip to {guest}
     iifname {tap} ip daddr {HYPERLOOP_IP} tcp dport 80 redirect to :{HYPERLOOP_PORT}
+    iifname {tap} ip daddr {HYPERLOOP_IP} tcp dport 2049 redirect to :{VOLUMES_PORT}
     iifname {tap} {forbidden} accept
     iifname {tap} meta l4proto {{ tcp, udp }} th dport 53 ip daddr @dns ip daddr != @allowed redirect to :{DNS_PORT}
     iifname {tap} meta l4proto tcp ip daddr @tcp_all redirect to :{TCP_PORT}
@@ -109,7 +110,7 @@ pub fn slot_rules(a: &Addresses, c: &NetworkConfig) -> String {
   }}
   chain input {{
     type filter hook input priority filter; policy drop;
-    iifname {tap} ct status dnat tcp dport {{ {TCP_PORT}, {DNS_PORT}, {HYPERLOOP_PORT} }} accept
+    iifname {tap} ct status dnat tcp dport {{ {TCP_PORT}, {DNS_PORT}, {HYPERLOOP_PORT}, {VOLUMES_PORT} }} accept
     iifname {tap} ct status dnat udp dport {DNS_PORT} accept
   }}
   chain output {{

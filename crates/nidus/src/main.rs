@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use command::{env, fetch, gc, key, sandbox, team, template};
+use command::{env, fetch, gc, key, sandbox, team, template, volume};
 use config::Config;
 use output::Output;
 
@@ -59,6 +59,9 @@ enum Command {
     /// Build, list and delete templates
     #[command(subcommand)]
     Template(template::Template),
+    /// Make, list and delete volumes, whose files outlive sandboxes
+    #[command(subcommand)]
+    Volume(volume::Volume),
     /// List the builds that nothing refers to, and delete them
     Gc(gc::Gc),
     /// Get what the base template is made of (kernel, root file system) for a host without a network
@@ -113,6 +116,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             Command::Env => env::run(&config, out).await,
             Command::Sandbox(c) => sandbox::run(c, &config, out).await,
             Command::Template(c) => template::run(c, &config, out).await,
+            Command::Volume(c) => volume::run(c, &config, out).await,
             Command::Gc(c) => gc::run(c, &config, out).await,
             Command::Fetch(c) => fetch::run(c, &config, out).await,
             Command::Config(_) => Ok(ExitCode::SUCCESS),

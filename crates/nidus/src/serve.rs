@@ -12,7 +12,7 @@ use nidus_build::{Pipeline, PipelineConfig};
 use nidus_egress::Gateway;
 use nidus_network::{NetworkConfig, Pool, TapMode};
 use nidus_oci::Registry;
-use nidus_orchestrator::{NetworkParts, Node, NodeConfig};
+use nidus_orchestrator::{Exports, NetworkParts, Node, NodeConfig};
 use nidus_proxy::{InProcessCatalog, Listeners};
 use nidus_sandbox::{Factory, FactoryConfig};
 use nidus_storage::BuildId;
@@ -182,7 +182,7 @@ impl Parts {
         for event in &lost {
             events.emit(event);
         }
-        let volumes = open_volumes(dir)?;
+        let exports = open_volumes(dir)?;
         let gateway = Gateway::new(config.gateway()?)?;
         let stored = NodeBuilds::open(config).await?;
         let store = stored.builds.clone();
@@ -253,7 +253,6 @@ impl Parts {
             }
         };
         let catalog = InProcessCatalog::new();
-        let volumes = Arc::new(volumes);
         let node = NodeConfig {
             node_id: node_id(config)?,
             labels: labels(config, &id),
@@ -276,8 +275,7 @@ impl Parts {
             pipeline,
             catalog.clone(),
             Arc::new(events),
-            NetworkParts { gateway, logs, kept_logs },
-            volumes,
+            NetworkParts { gateway, exports, logs, kept_logs },
         );
         Ok(Self {
             _run: run,
@@ -427,11 +425,14 @@ impl Parts {
 }
 
 /// The directory of volumes, without what deletions that were cut off have left.
-fn open_volumes(dir: &Path) -> anyhow::Result<Volumes> {
+fn open_volumes(dir: &Path) -> anyhow::Result<Exports> {
     let path = dir.join("volumes");
-    let volumes = Volumes::open(path.clone(), nidus_volume::Limits::default());
-    let volumes = volumes.and_then(|v| v.reclaim().map(|()| v));
-    volumes.with_context(|| format!("Cannot use the directory of volumes {}", path.display()))
+    let open = || {
+        let volumes = Volumes::open(path.clone(), nidus_volume::Limits::default())?;
+        volumes.reclaim()?;
+        Exports::new(Arc::new(volumes))
+    };
+    open().with_context(|| format!("Cannot use the directory of volumes {}", path.display()))
 }
 
 /// The configured labels and the one that says which snapshots can be loaded here.

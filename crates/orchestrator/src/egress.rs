@@ -8,11 +8,16 @@ use nidus_hyperloop::{Hyperloop, Limits};
 use nidus_proto::node::{SandboxConfig, SandboxNetworkEgressConfig};
 use nidus_sandbox::NetworkSpec;
 use nidus_telemetry::{GuestLogSink, LogOrigin, MemoryLogs};
+use tonic::Status;
+
+use crate::mounts::Exports;
 
 /// What sandboxes' networks have in common on a node.
 pub struct NetworkParts {
     /// Carries what policies want looked at.
     pub gateway: Arc<Gateway>,
+    /// The volumes that guests may mount.
+    pub exports: Exports,
     /// Where what guests log goes.
     pub logs: Arc<dyn GuestLogSink>,
     /// The newest of it, for those who ask.
@@ -81,17 +86,27 @@ impl NetworkParts {
         Ok(policy)
     }
 
-    /// The network of a new sandbox.
-    pub(crate) async fn of(&self, config: &SandboxConfig) -> Result<NetworkSpec, PolicyError> {
+    /// The network of a new sandbox, with the volumes that it finds there.
+    pub(crate) async fn of(&self, config: &SandboxConfig) -> Result<NetworkSpec, Status> {
         let egress = config.network.as_ref().and_then(|n| n.egress.as_ref());
-        let policy = self.policy(egress, config.allow_internet_access.unwrap_or(true)).await?;
+        let policy = self.policy(egress, config.allow_internet_access.unwrap_or(true)).await;
+        let policy = policy.map_err(|e| Status::invalid_argument(e.to_string()))?;
         let origin = LogOrigin {
             sandbox_id: config.sandbox_id.clone(),
             team_id: config.team_id.clone(),
             template_id: config.template_id.clone(),
             execution_id: config.execution_id.clone(),
         };
-        Ok(NetworkSpec { policy, hyperloop: Hyperloop::new(origin, self.logs.clone(), Limits::default()) })
+        let hyperloop = Hyperloop::new(origin, self.logs.clone(), Limits::default());
+        let (exports, wanted) = (self.exports.clone(), config.volume_mounts.clone());
+        let mounted = match wanted.is_empty() {
+            true => exports.of(&[])?,
+            // It looks at files.
+            false => tokio::task::spawn_blocking(move || exports.of(&wanted))
+                .await
+                .map_err(|e| Status::internal(format!("the look at volumes broke off: {e}")))??,
+        };
+        Ok(NetworkSpec { policy, hyperloop, volumes: mounted.server, mounts: mounted.mounts })
     }
 }
 

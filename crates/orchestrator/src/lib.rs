@@ -14,6 +14,7 @@ mod egress;
 mod garbage;
 mod info;
 mod metrics;
+mod mounts;
 mod node;
 mod owner;
 mod sandbox_service;
@@ -24,5 +25,6 @@ mod volume_service;
 
 pub use egress::NetworkParts;
 pub use garbage::{collect, keep_layers};
+pub use mounts::Exports;
 pub use node::{Node, NodeConfig};
 pub use server::serve;

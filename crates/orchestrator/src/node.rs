@@ -14,7 +14,6 @@ use nidus_proto::node::{SandboxConfig, SandboxNetworkEgressConfig, ServiceInfoSt
 use nidus_proxy::InProcessCatalog;
 use nidus_sandbox::{Factory, SaveError, SaveSpec, Saved, UpdateError};
 use nidus_telemetry::Sink;
-use nidus_volume::Volumes;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -67,7 +66,6 @@ pub struct Node {
     pub(crate) catalog: InProcessCatalog,
     pub(crate) events: Arc<dyn Sink>,
     pub(crate) network: NetworkParts,
-    pub(crate) volumes: Arc<Volumes>,
     pub(crate) sandboxes: Mutex<HashMap<String, Arc<Entry>>>,
     pub(crate) starting: Semaphore,
     pub(crate) starting_count: AtomicUsize,
@@ -204,7 +202,6 @@ impl Node {
         catalog: InProcessCatalog,
         events: Arc<dyn Sink>,
         network: NetworkParts,
-        volumes: Arc<Volumes>,
     ) -> Arc<Self> {
         Arc::new(Self {
             starting: Semaphore::new(config.max_starting.max(1)),
@@ -220,7 +217,6 @@ impl Node {
             catalog,
             events,
             network,
-            volumes,
             sandboxes: Default::default(),
             service_id: Uuid::new_v4(),
             started_at: Utc::now(),

@@ -46,9 +46,6 @@ fn check(config: &SandboxConfig) -> Result<BuildId, Status> {
     if id.is_empty() || id.len() > ID_LIMIT || !id.bytes().all(plain) {
         return Err(bad(format!("a sandbox id has 1 to {ID_LIMIT} lower-case letters and digits")));
     }
-    if !config.volume_mounts.is_empty() {
-        return Err(Status::unimplemented("volumes are not supported yet"));
-    }
     config.build_id.parse().map_err(|_| bad(format!("build id '{}' is not a UUID", config.build_id)))
 }
 
@@ -145,7 +142,7 @@ impl SandboxService for Sandboxes {
         if config.execution_id.is_empty() {
             config.execution_id = uuid::Uuid::new_v4().to_string();
         }
-        let network = self.0.network.of(&config).await.map_err(|e| bad(e.to_string()))?;
+        let network = self.0.network.of(&config).await?;
         // The policy has them, and nobody is told them.
         if let Some(egress) = config.network.as_mut().and_then(|n| n.egress.as_mut()) {
             egress.secrets.clear();

@@ -90,7 +90,7 @@ pub async fn serve(listener: TcpListener, node: Arc<Node>, stop: CancellationTok
         .add_service(GarbageServiceServer::new(GarbageOf(node.clone())))
         .add_service(InfoServiceServer::new(Info(node.clone())))
         .add_service(ChunkServiceServer::new(Chunks(node.factory.store().clone())))
-        .add_service(VolumeServiceServer::new(VolumesOf(node.volumes.clone())))
+        .add_service(VolumeServiceServer::new(VolumesOf(node.network.exports.volumes().clone())))
         .add_service(grpc_health)
         .into_axum_router()
         .merge(

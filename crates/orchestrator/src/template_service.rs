@@ -206,7 +206,7 @@ impl TemplateService for Templates {
             steps: steps(&config)?,
             start: Start { command: config.start_command.clone(), ready: config.ready_command.clone() },
             force: config.force == Some(true),
-            network: network.map_err(|e| Status::internal(e.to_string()))?,
+            network: network?,
         };
         spec.check().map_err(Status::invalid_argument)?;
         let exists = self.0.builds.stored(id).await.is_some() || self.0.builds.start(spec).is_none();

@@ -576,6 +576,7 @@ impl Sandbox {
             default_user: Some(context.user.unwrap_or_else(|| "user".to_owned())),
             default_workdir: context.workdir,
             lifecycle_id: Some(self.spec.execution_id.clone()),
+            volume_mounts: Some(self.volume_mounts()),
             ..first
         };
         self.introduce(&mut request);

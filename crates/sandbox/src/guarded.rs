@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::Utc;
-use nidus_egress::{Gateway, Policy, SlotGateway};
-use nidus_envd_protocol::{ENVD_PORT, EnvdClient, EnvdError, InitRequest};
+use nidus_egress::{Gateway, Policy, Services, SlotGateway};
+use nidus_envd_protocol::{ENVD_PORT, EnvdClient, EnvdError, InitRequest, VolumeMount};
 use nidus_hyperloop::Hyperloop;
 use nidus_network::{HYPERLOOP_IP, NetworkError, NetworkSlot};
+use tokio_util::sync::CancellationToken;
 
 use crate::{CreateError, Sandbox};
 
@@ -28,6 +29,10 @@ pub struct NetworkSpec {
     pub policy: Policy,
     /// The service that knows it by its listener.
     pub hyperloop: Arc<Hyperloop>,
+    /// The volumes that it may mount.
+    pub volumes: Arc<nidus_nfs::Server>,
+    /// Which of them (by the export's name) its envd mounts, and where.
+    pub mounts: Vec<(String, String)>,
 }
 
 impl std::fmt::Debug for NetworkSpec {
@@ -55,14 +60,16 @@ pub(crate) async fn guard(
 ) -> Result<SlotGateway, CreateError> {
     slot.set_egress(&spec.policy.kernel_rules()).await?;
     let sockets = slot.gateway_sockets()?;
-    let service = spec.hyperloop.clone();
-    let hyperloop = move |listener, stop| async move {
-        if let Err(e) = nidus_hyperloop::serve(listener, service, stop).await {
+    let (service, volumes) = (spec.hyperloop.clone(), spec.volumes.clone());
+    let services = move |listeners: Services, stop: CancellationToken| async move {
+        let hyperloop = nidus_hyperloop::serve(listeners.hyperloop, service, stop.clone());
+        let volumes = nidus_nfs::serve(listeners.volumes, volumes, stop);
+        if let (Err(e), ()) = tokio::join!(hyperloop, volumes) {
             tracing::warn!("hyperloop of a sandbox ended: {e}");
         }
     };
     gateway
-        .serve(sockets, spec.policy.clone(), hyperloop)
+        .serve(sockets, spec.policy.clone(), services)
         .map_err(|e| CreateError::io("serve a sandbox's gateway", e))
 }
 
@@ -78,6 +85,17 @@ impl Sandbox {
     pub(crate) fn introduce(&self, request: &mut InitRequest) {
         request.hyperloop_ip = Some(HYPERLOOP_IP.to_string());
         request.ca_bundle = self.trusts_ca.then(|| self.node_gateway().ca_pem().to_owned());
+    }
+
+    /// What its envd is to mount: these and no others, if its memory has others mounted.
+    pub(crate) fn volume_mounts(&self) -> Vec<VolumeMount> {
+        let mounts = self.spec.network.mounts.iter();
+        mounts
+            .map(|(export, path)| VolumeMount {
+                nfs_target: format!("{HYPERLOOP_IP}:{export}"),
+                path: path.clone(),
+            })
+            .collect()
     }
 
     /// Replaces its egress policy. Flows that the new one allows go on, others are cut.

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nidus_vmm::guest::{Kernel, MODULES};
+use nidus_vmm::guest::{Kernel, MODULES, VOLUME_MODULES};
 use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
@@ -75,7 +75,7 @@ async fn fetch(
     fs::create_dir_all(&modules).map_err(|e| BuildError::io("make", &modules, e))?;
     let to = ready.join("vmlinuz");
     fs::rename(&image, &to).map_err(|e| BuildError::io("move the kernel to", &to, e))?;
-    for name in MODULES {
+    for name in MODULES.iter().chain(VOLUME_MODULES) {
         let (plain, packed) = (format!("{name}.ko"), format!("{name}.ko.xz"));
         let Some(file) = find(&tree.join("lib"), |p| file_name(p) == plain || file_name(p) == packed)
             .or_else(|| find(&tree.join("usr/lib"), |p| file_name(p) == plain || file_name(p) == packed))

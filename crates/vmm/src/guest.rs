@@ -21,6 +21,11 @@ pub const MODULES: &[&str] = &[
     "virtio-rng",
 ];
 
+/// Modules by which guests mount volumes, in this order. Their dependencies differ between kernels, and
+/// a guest without them boots all the same.
+pub const VOLUME_MODULES: &[&str] =
+    &["sunrpc", "grace", "lockd", "netfs", "fscache", "nfs_acl", "nfs_localio", "nfs", "nfsv3"];
+
 /// An unpacked kernel: `{dir}/vmlinuz` or `{dir}/vmlinux.bin` (ELF) and `{dir}/modules/*.ko`, named
 /// by its version.
 #[derive(Debug, Clone)]
@@ -76,7 +81,7 @@ impl Kernel {
     }
 
     /// Writes the initramfs (newc cpio, uncompressed: the kernel unpacks it at once) with
-    /// guest-init as /init, this kernel's modules and their order.
+    /// guest-init as /init, this kernel's modules and their order; a dash is in front of those that may fail.
     ///
     /// # Errors
     /// When guest-init or a module cannot be read, or `target` not be written.
@@ -89,12 +94,13 @@ impl Kernel {
         let init = read(guest_init)?;
         archive.add("init", 0o100_755, &init).map_err(wrap)?;
         let mut order = String::new();
-        for name in MODULES {
+        let needed = MODULES.iter().map(|name| (name, ""));
+        for (name, mark) in needed.chain(VOLUME_MODULES.iter().map(|name| (name, "-"))) {
             let file = self.dir.join("modules").join(format!("{name}.ko"));
             if file.is_file() {
                 let inside = format!("lib/modules/{name}.ko");
                 archive.add(&inside, 0o100_644, &read(&file)?).map_err(wrap)?;
-                order.push_str(&format!("/{inside}\n"));
+                order.push_str(&format!("{mark}/{inside}\n"));
             }
         }
         archive.add("modules.order", 0o100_644, order.as_bytes()).map_err(wrap)?;
@@ -155,6 +161,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("modules")).unwrap();
         fs::write(dir.path().join("modules/virtio_blk.ko"), b"module").unwrap();
+        fs::write(dir.path().join("modules/nfs.ko"), b"module").unwrap();
         fs::write(dir.path().join("init"), b"program").unwrap();
         let kernel = Kernel { version: "1".into(), dir: dir.path().into() };
         let target = dir.path().join("initrd");
@@ -175,7 +182,7 @@ mod tests {
         let get = |n: &str| files.iter().find(|f| f.0 == n).unwrap();
         assert_eq!(get("init").2, b"program");
         assert_eq!(get("init").1, 0o100_755);
-        assert_eq!(get("modules.order").2, b"/lib/modules/virtio_blk.ko\n");
+        assert_eq!(get("modules.order").2, b"/lib/modules/virtio_blk.ko\n-/lib/modules/nfs.ko\n");
     }
 
     #[test]

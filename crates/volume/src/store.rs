@@ -1,8 +1,9 @@
 //! The volumes of a node.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
@@ -121,21 +122,51 @@ impl Volumes {
         Ok(Self { root, limits })
     }
 
+    /// 32 random bytes that stay the same for as long as the volumes do: they sign the handles of files by which guests
+    /// that were paused find them again.
+    ///
+    /// # Errors
+    /// When the file with them cannot be read or made.
+    pub fn handle_key(&self) -> io::Result<[u8; 32]> {
+        let path = self.root.join("handles.key");
+        match std::fs::read(&path) {
+            Ok(bytes) => bytes.try_into().map_err(|_| {
+                io::Error::new(io::ErrorKind::InvalidData, format!("{} has not 32 bytes", path.display()))
+            }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let mut bytes = [0; 32];
+                getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+                // Whole or not at all; one daemon at a time is here.
+                let draft = path.with_extension("new");
+                let _ = std::fs::remove_file(&draft);
+                let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
+                file.write_all(&bytes)?;
+                file.sync_all()?;
+                std::fs::rename(&draft, &path)?;
+                Ok(bytes)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
     fn path_of(&self, id: Uuid) -> PathBuf {
         self.root.join(id.to_string())
     }
 
-    /// Makes a volume; one that is there already stays as it is.
+    /// Makes a volume, for all users of the guests that mount it; one that is there already stays as it is.
     ///
     /// # Errors
     /// When the file system fails.
     pub fn create(&self, id: Uuid) -> Result<(), VolumeError> {
-        let made = DirBuilder::new().mode(0o755).create(self.path_of(id));
-        match made {
-            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
-                Err(VolumeError::Io { action: "make the volume", path: id.to_string(), source: e })
+        let path = self.path_of(id);
+        let failed = |source| VolumeError::Io { action: "make the volume", path: id.to_string(), source };
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            made => {
+                made.map_err(failed)?;
+                // Whatever the process's umask is.
+                std::fs::set_permissions(&path, Permissions::from_mode(0o777)).map_err(failed)
             }
-            _ => Ok(()),
         }
     }
 

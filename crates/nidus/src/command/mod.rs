@@ -7,3 +7,4 @@ pub mod key;
 pub mod sandbox;
 pub mod team;
 pub mod template;
+pub mod volume;

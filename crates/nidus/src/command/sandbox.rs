@@ -89,6 +89,9 @@ pub struct Create {
     /// Without the internet
     #[arg(long)]
     no_internet: bool,
+    /// A volume to mount, as NAME:PATH
+    #[arg(long = "volume", short, value_name = "NAME:PATH", value_parser = mount)]
+    volumes: Vec<(String, String)>,
 }
 
 /// A command in a sandbox.
@@ -117,14 +120,22 @@ fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
+fn mount(text: &str) -> Result<(String, String), String> {
+    match text.split_once(':') {
+        Some((name, path)) if !name.is_empty() && path.starts_with('/') => Ok((name.to_owned(), path.to_owned())),
+        _ => Err(format!("'{text}' is not NAME:/PATH")),
+    }
+}
+
 pub async fn run(command: Sandbox, config: &Config, out: Output) -> anyhow::Result<ExitCode> {
     let client = Client::new(config).await?;
     match command {
         Sandbox::Create(create) => {
             let envs: HashMap<_, _> = create.envs.into_iter().collect();
             let metadata: HashMap<_, _> = create.metadata.into_iter().collect();
+            let mounts = create.volumes.iter().map(|(name, path)| json!({ "name": name, "path": path }));
             let body = json!({
-                "templateID": create.template, "timeout": create.timeout, "envVars": envs, "metadata": metadata,
+                "volumeMounts": mounts.collect::<Vec<_>>(), "templateID": create.template, "timeout": create.timeout, "envVars": envs, "metadata": metadata,
                 "allow_internet_access": !create.no_internet, "network": create.reach.to_json(),
             });
             let made = client.call(Method::POST, "/v2/sandboxes", Some(body)).await?;
