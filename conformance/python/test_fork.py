@@ -29,6 +29,8 @@ def fork():
         child.kill()
 
 
+# Ten guests that count share the one emulated processor of the test bed.
+@pytest.mark.timeout(300 * TIME_FACTOR)
 def test_ten_forks_go_on_and_diverge(new_sandbox, fork):
     parent = new_sandbox(metadata={"family": "f"}, envs={"KEPT": "y e s"})
     parent_id = parent.sandbox_id

@@ -19,7 +19,8 @@ pub fn shown(mounts: Vec<SandboxVolumeMount>) -> Vec<VolumeMount> {
 }
 
 /// Directories that a guest needs as they are.
-const TAKEN: &[&str] = &["/", "/dev", "/proc", "/sys", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/run"];
+const TAKEN: &[&str] =
+    &["/", "/dev", "/proc", "/sys", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/run"];
 
 /// Where a volume may be, in one spelling.
 fn place(path: &str) -> Result<String, ApiError> {
@@ -48,8 +49,14 @@ fn places(wanted: &[VolumeMount]) -> Result<Vec<String>, ApiError> {
     }
     let places: Vec<String> = wanted.iter().map(|m| place(&m.path)).collect::<Result<_, _>>()?;
     for (n, one) in places.iter().enumerate() {
-        if let Some(other) = places[..n].iter().find(|o| Path::new(o).starts_with(one) || Path::new(one).starts_with(o)) {
-            return Err(ApiError::bad(format!("Volume mount paths '{}' and '{}' overlap", plain(other), plain(one))));
+        if let Some(other) =
+            places[..n].iter().find(|o| Path::new(o).starts_with(one) || Path::new(one).starts_with(o))
+        {
+            return Err(ApiError::bad(format!(
+                "Volume mount paths '{}' and '{}' overlap",
+                plain(other),
+                plain(one)
+            )));
         }
     }
     Ok(places)
@@ -82,7 +89,11 @@ impl Api {
         for m in std::mem::take(&mut config.volume_mounts) {
             match self.store.volume(&m.id).await? {
                 Some(v) if v.team_id == config.team_id => there.push(m),
-                _ => tracing::info!(sandbox = config.sandbox_id, volume = m.name, "its volume is not there any more"),
+                _ => tracing::info!(
+                    sandbox = config.sandbox_id,
+                    volume = m.name,
+                    "its volume is not there any more"
+                ),
             }
         }
         config.volume_mounts = there;
@@ -102,7 +113,9 @@ mod tests {
             places(&wanted).map_err(|e| e.status.as_u16())
         };
         assert_eq!(all(&["/mnt//a/", "/mnt/ab"]), Ok(vec!["/mnt/a".to_owned(), "/mnt/ab".to_owned()]));
-        for bad in ["", "mnt", "/", "//", "/usr/", "/a/../b", "/a/./b", "/a\nb", &format!("/{}", "x".repeat(1024))] {
+        for bad in
+            ["", "mnt", "/", "//", "/usr/", "/a/../b", "/a/./b", "/a\nb", &format!("/{}", "x".repeat(1024))]
+        {
             assert_eq!(all(&[bad]), Err(400), "{bad:?}");
         }
         assert_eq!(all(&["/a", "/a/b"]), Err(400));

@@ -44,16 +44,16 @@ async fn mount(volumes: Vec<VolumeMount>, state: &Arc<State>) -> Result<(), Http
     let state = state.clone();
     let done = tokio::task::spawn_blocking(move || state.mounts.set(&volumes)).await;
     done.map_err(|e| HttpError::internal(format!("the work on volumes broke off: {e}")))?.map_err(|e| {
-        if e.is_bad_request() { HttpError::bad_request(e.to_string()) } else { HttpError::internal(e.to_string()) }
+        if e.is_bad_request() {
+            HttpError::bad_request(e.to_string())
+        } else {
+            HttpError::internal(e.to_string())
+        }
     })
 }
 
 /// All but the volumes, which are handed back if they are to be looked after.
-fn apply(
-    headers: &HeaderMap,
-    body: &[u8],
-    state: &State,
-) -> Result<Option<Vec<VolumeMount>>, HttpError> {
+fn apply(headers: &HeaderMap, body: &[u8], state: &State) -> Result<Option<Vec<VolumeMount>>, HttpError> {
     let mut request: InitRequest = if body.is_empty() {
         InitRequest::default()
     } else {

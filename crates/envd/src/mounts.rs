@@ -20,7 +20,9 @@ const PORT: u16 = 2049;
 pub enum MountError {
     #[error("the volume's target '{0}' is not an IP address, a colon and a path")]
     Target(String),
-    #[error("a volume cannot be mounted at '{0}': that is not an absolute path without '..', or it is the root")]
+    #[error(
+        "a volume cannot be mounted at '{0}': that is not an absolute path without '..', or it is the root"
+    )]
     Path(String),
     #[error("cannot make the directory {path} for a volume: {source}")]
     Directory { path: String, source: io::Error },

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chmod, chownat, fstat,
-    utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, chmod,
+    chownat, fstat, utimensat,
 };
 use rustix::io::Errno;
 
@@ -58,7 +58,6 @@ pub(crate) fn changed(s: &Stat) -> (u32, u32) {
 }
 
 /// `fattr3`.
-#[expect(clippy::unnecessary_cast, reason = "the types of stat differ between architectures")]
 pub(crate) fn write(w: &mut Writer, s: &Stat, file_system: u64) {
     let kind = match kind(s) {
         FileType::Directory => 2,
@@ -116,8 +115,8 @@ impl Before {
 
 fn stamp(t: SetTime) -> Timespec {
     match t {
-        SetTime::Keep => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT.into() },
-        SetTime::Now => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW.into() },
+        SetTime::Keep => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+        SetTime::Now => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
         SetTime::To { seconds, nanos } => {
             Timespec { tv_sec: seconds.into(), tv_nsec: nanos.min(999_999_999).into() }
         }

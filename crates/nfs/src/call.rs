@@ -119,7 +119,17 @@ mod tests {
 
     fn record(flavour: u32, body: &[u8]) -> Vec<u8> {
         let mut w = Writer::default();
-        w.u32(9).u32(CALL).u32(2).u32(100_003).u32(3).u32(1).u32(flavour).opaque(body).u32(0).opaque(&[]).u32(77);
+        w.u32(9)
+            .u32(CALL)
+            .u32(2)
+            .u32(100_003)
+            .u32(3)
+            .u32(1)
+            .u32(flavour)
+            .opaque(body)
+            .u32(0)
+            .opaque(&[])
+            .u32(77);
         w.into_bytes()
     }
 
@@ -140,7 +150,13 @@ mod tests {
     fn what_is_no_call_is_said_so() {
         let mut many = Writer::default();
         many.u32(0).opaque(b"x").u32(0).u32(0).u32(17);
-        for bad in [vec![], vec![0; 8], record(1, &[1, 2, 3, 4]), record(1, &many.into_bytes()), record(0, &[0; 404])] {
+        for bad in [
+            vec![],
+            vec![0; 8],
+            record(1, &[1, 2, 3, 4]),
+            record(1, &many.into_bytes()),
+            record(0, &[0; 404]),
+        ] {
             assert_eq!(Call::parse(&bad).unwrap_err(), NoCall::Garbage);
         }
         let mut other = record(0, &[]);

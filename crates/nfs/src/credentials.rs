@@ -2,8 +2,8 @@
 
 use std::marker::PhantomData;
 
-use rustix::thread::set_thread_groups;
 use rustix::fs::Gid;
+use rustix::thread::set_thread_groups;
 
 use crate::status::{Result, Status};
 

@@ -169,8 +169,7 @@ pub(crate) fn create(
             let there = export.look_up(dir, name)?;
             let stat = expect_file(&there).map_err(|_| Status::Exist)?;
             let [accessed, modified] = as_times(verifier).map(i64::from);
-            #[expect(clippy::unnecessary_cast, reason = "the types of stat differ between architectures")]
-            let same = (stat.st_atime as i64, stat.st_mtime as i64) == (accessed, modified);
+            let same = (stat.st_atime, stat.st_mtime) == (accessed, modified);
             if same { Ok(there) } else { Err(Status::Exist) }
         }
         (Err(e), _) => Err(e.into()),

@@ -63,8 +63,7 @@ struct KernelHandle {
 
 /// Names the file that `fd` stands for.
 pub(crate) fn encode(key: &HandleKey, fd: impl AsFd) -> Result<Vec<u8>> {
-    let mut h =
-        KernelHandle { bytes: MAX_KERNEL_HANDLE as u32, kind: 0, handle: [0; MAX_KERNEL_HANDLE] };
+    let mut h = KernelHandle { bytes: MAX_KERNEL_HANDLE as u32, kind: 0, handle: [0; MAX_KERNEL_HANDLE] };
     let mut mount = 0i32;
     // SAFETY: the name is a C string, and the kernel writes at most as many bytes as `bytes` says there is room for.
     let r = unsafe {
@@ -109,9 +108,8 @@ pub(crate) fn open(key: &HandleKey, root: impl AsFd, handle: &[u8]) -> Result<Ow
     h.handle[..bytes.len()].copy_from_slice(bytes);
     let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
     // SAFETY: the kernel reads the handle, whose length it says itself.
-    let fd = unsafe {
-        libc::syscall(libc::SYS_open_by_handle_at, root.as_fd().as_raw_fd(), &raw const h, flags)
-    };
+    let fd =
+        unsafe { libc::syscall(libc::SYS_open_by_handle_at, root.as_fd().as_raw_fd(), &raw const h, flags) };
     if fd < 0 {
         return Err(last_error().into());
     }

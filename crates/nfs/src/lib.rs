@@ -25,9 +25,9 @@ mod xdr;
 
 pub use export::{Export, Limits, OpenError};
 pub use handle::HandleKey;
-pub use server::{Server, serve};
 #[doc(hidden)]
 pub use request::parse_anything;
+pub use server::{Server, serve};
 
 #[cfg(test)]
 mod tests;

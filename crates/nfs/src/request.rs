@@ -53,7 +53,10 @@ pub(crate) enum SetTime {
     #[default]
     Keep,
     Now,
-    To { seconds: u32, nanos: u32 },
+    To {
+        seconds: u32,
+        nanos: u32,
+    },
 }
 
 /// `sattr3`.
@@ -95,18 +98,36 @@ pub(crate) enum Request<'a> {
     Lookup(Place<'a>),
     Access(Handle<'a>, u32),
     ReadLink(Handle<'a>),
-    Read { file: Handle<'a>, offset: u64, count: u32 },
+    Read {
+        file: Handle<'a>,
+        offset: u64,
+        count: u32,
+    },
     /// `stable` is whether it must be on the disk when it is answered.
-    Write { file: Handle<'a>, offset: u64, stable: bool, data: &'a [u8] },
+    Write {
+        file: Handle<'a>,
+        offset: u64,
+        stable: bool,
+        data: &'a [u8],
+    },
     Create(Place<'a>, How),
     MakeDirectory(Place<'a>, SetAttributes),
-    Link { at: Place<'a>, target: &'a [u8], attributes: SetAttributes },
+    Link {
+        at: Place<'a>,
+        target: &'a [u8],
+        attributes: SetAttributes,
+    },
     MakeSpecial(Place<'a>, Special, SetAttributes),
     Remove(Place<'a>),
     RemoveDirectory(Place<'a>),
     Rename(Place<'a>, Place<'a>),
     HardLink(Handle<'a>, Place<'a>),
-    ReadDirectory { dir: Handle<'a>, cookie: u64, bytes: u32, with_attributes: bool },
+    ReadDirectory {
+        dir: Handle<'a>,
+        cookie: u64,
+        bytes: u32,
+        with_attributes: bool,
+    },
     FileSystemUse(Handle<'a>),
     FileSystemLimits(Handle<'a>),
     PathLimits(Handle<'a>),
@@ -279,7 +300,9 @@ mod tests {
             w.into_bytes()
         };
         let bytes = write(2, b"abc");
-        let Ok(Some(Request::Write { data, stable, offset, .. })) = Request::parse(7, &mut Reader::new(&bytes)) else {
+        let Ok(Some(Request::Write { data, stable, offset, .. })) =
+            Request::parse(7, &mut Reader::new(&bytes))
+        else {
             panic!("not a write");
         };
         assert_eq!((data, stable, offset), (&b"ab"[..], true, 5));

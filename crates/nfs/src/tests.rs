@@ -522,7 +522,7 @@ proptest! {
         let root = c.root();
         let mut model = Model::new();
         for step in &steps {
-            let with = |n: &u8, f: &dyn Fn(&[u8]) -> u32| c.lookup(&root, &[b'a' + n]).map_or(false, |h| f(&h) == 0);
+            let with = |n: &u8, f: &dyn Fn(&[u8]) -> u32| c.lookup(&root, &[b'a' + n]).is_ok_and(|h| f(&h) == 0);
             let done = match step {
                 Step::Create(n) => c.create(&root, &[b'a' + n]).is_ok(),
                 Step::Write(n, at, data) => with(n, &|h| c.write(h, u64::from(*at), data)),

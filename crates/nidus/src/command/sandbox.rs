@@ -122,7 +122,9 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 fn mount(text: &str) -> Result<(String, String), String> {
     match text.split_once(':') {
-        Some((name, path)) if !name.is_empty() && path.starts_with('/') => Ok((name.to_owned(), path.to_owned())),
+        Some((name, path)) if !name.is_empty() && path.starts_with('/') => {
+            Ok((name.to_owned(), path.to_owned()))
+        }
         _ => Err(format!("'{text}' is not NAME:/PATH")),
     }
 }
