@@ -14,6 +14,8 @@ from grpc_tools import protoc
 from support.daemon import DEFAULT_DATA_DIR, REPO, Daemon
 from support.testnet import DNS, small_internet
 
+pytest_plugins = ["support.methods"]
+
 PROTO = REPO / "crates/proto/proto"
 LEAKCHECK = REPO / "scripts/leakcheck.sh"
 

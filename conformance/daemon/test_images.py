@@ -1,6 +1,7 @@
 """Templates of images from a real registry: good images in every form, and hostile ones."""
 
 import gzip
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAME = f"img-{uuid.uuid4().hex[:8]}"
+ACCOUNT = {"type": "service_account"}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,21 @@ def closed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def google(tmp_path_factory):
+    """One that wants the key of a service account, as Google's do."""
+    with Registry(tmp_path_factory.mktemp("google"), user=("_json_key", json.dumps(ACCOUNT))) as registry:
+        yield registry
+
+
+@pytest.fixture(scope="module")
 def base():
     return system()
 
 
 @pytest.fixture(scope="module")
-def image_daemon(registry, closed, tmp_path_factory):
-    env = {"NIDUS_REGISTRIES": f"{registry.env()['NIDUS_REGISTRIES']},{closed.host}=plain_http+private"}
+def image_daemon(registry, closed, google, tmp_path_factory):
+    private = ",".join(f"{r.host}=plain_http+private" for r in (closed, google))
+    env = {"NIDUS_REGISTRIES": f"{registry.env()['NIDUS_REGISTRIES']},{private}"}
     daemon = Daemon(extra_env=env, log_path=tmp_path_factory.mktemp("daemon") / "nidus.log").start()
     daemon.create_key()
     yield daemon
@@ -120,6 +130,19 @@ def test_a_registry_with_a_password(closed, base, image_daemon):
         build(image_daemon, Template().from_image(image(closed, "closed"), username="me", password="wrong"), name)
     build(image_daemon, Template().from_image(image(closed, "closed"), username="me", password="secret"), name)
     assert "secret" not in image_daemon.log(10_000)
+
+
+def test_googles_and_amazons_keys(google, base, image_daemon):
+    """Google's registries take the key of a service account as a password; Amazon's want a token that Amazon gives for a key."""
+    google.image("private", [base])
+    name = f"{NAME}-google"
+    with pytest.raises(BuildException, match="refuses access"):
+        build(image_daemon, Template().from_gcp_registry(image(google, "private"), {"type": "another"}), name)
+    build(image_daemon, Template().from_gcp_registry(image(google, "private"), ACCOUNT), name)
+    amazon = Template().from_aws_registry("1234.dkr.ecr.eu-west-1.amazonaws.com/x:1", "AKIDEXAMPLE", "aws-secret", "eu-west-1")
+    with pytest.raises(BuildException, match=r"api\.ecr\.eu-west-1\.amazonaws\.com"):
+        build(image_daemon, amazon, name)
+    assert "aws-secret" not in image_daemon.log(10_000) and "service_account" not in image_daemon.log(10_000)
 
 
 def hostile(registry, base):

@@ -35,6 +35,19 @@ test('volumes', { timeout }, async () => {
   await rejection(Volume.connect(volume.volumeId), VolumeNotFoundError)
 })
 
+test('a volume in two sandboxes', { timeout }, async () => {
+  const volume = await Volume.create(fresh('m'))
+  try {
+    const [one, other] = [await newSandbox({ volumeMounts: { '/mnt/data': volume } }), await newSandbox({ volumeMounts: { '/data': volume.name } })]
+    await one.files.write('/mnt/data/f', 'shared')
+    assert.equal(await other.files.read('/data/f'), 'shared')
+    assert.equal(await volume.readFile('/f'), 'shared')
+    await rejection(Sandbox.create({ volumeMounts: { '/mnt/data': 'no-such-volume' } }), Error)
+  } finally {
+    await Volume.destroy(volume.volumeId)
+  }
+})
+
 test('secrets', { timeout }, async () => {
   const name = fresh('s')
   const made = await Secret.create(name, 'v', { metadata: { a: 'b' } })

@@ -18,18 +18,9 @@ from .daemon import REPO
 
 # What is not served, and why: the only words here that do not come from a test.
 REASONS = {
-    "get_mcp_token": "needs a template that brings an MCP gateway; Nidus ships none",
-    "get_mcp_url": "needs a template that brings an MCP gateway; Nidus ships none",
-    "add_mcp_server": "needs E2B's mcp-gateway template",
-    "beta_dev_container_prebuild": "needs E2B's devcontainer template",
-    "beta_set_dev_container_start": "needs E2B's devcontainer template",
     "from_arch_image": "names an image; what is done with images is tried in daemon/test_images.py",
     "from_bun_image": "names an image; what is done with images is tried in daemon/test_images.py",
-    "npm_install": "runs npm in a step; the base template has no npm",
-    "bun_install": "runs bun in a step; the base template has no bun",
     "get_full_info": "an older name of get_info",
-    "from_aws_registry": "sends AWS's keys: no such registry can be had here; the token exchange has unit tests (crates/oci)",
-    "from_gcp_registry": "sends Google's keys: no such registry can be had here; the token exchange has unit tests (crates/oci)",
 }
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -37,8 +38,6 @@ def stop_former() -> None:
         if b"gateway" in Path(f"/proc/{pid}/cmdline").read_bytes():
             handle = os.pidfd_open(pid)
             signal.pidfd_send_signal(handle, signal.SIGTERM)
-            import select
-
             select.select([handle], [], [], 10)
             os.close(handle)
     except (OSError, ValueError):
@@ -58,8 +57,9 @@ def start(text: str) -> None:
         servers.install(name, settings)
     stop_former()
     private(STATE / "config.json", json.dumps(config))
-    private(TOKEN, os.environ.get("GATEWAY_ACCESS_TOKEN") or secrets.token_hex(16))
-    (STATE / "failed").unlink(missing_ok=True)
+    # Another configuration without a token of its own has the one that clients know.
+    former = TOKEN.read_text() if TOKEN.exists() else secrets.token_hex(16)
+    private(TOKEN, os.environ.get("GATEWAY_ACCESS_TOKEN") or former)
     ready, said = os.pipe()
     with open(os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as log:
         gateway = subprocess.Popen(

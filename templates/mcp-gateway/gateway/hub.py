@@ -4,7 +4,7 @@ import asyncio
 
 from .pipes import NO_METHOD, PROTOCOL, PipedServer, RpcError
 
-VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18")
+VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 BAD_PARAMS = -32602
 PAGES = 100
 

@@ -1,0 +1,51 @@
+"""The template of the MCP gateway, built from the definition in the repo, and packages that its servers are installed from
+where guests have no network: `python -m support.gateway` builds the first and prints the directory of the others."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+DEFINITION = REPO / "templates" / "mcp-gateway"
+PINS = Path(__file__).with_name("mcp.txt")
+PACKAGES = REPO / ".nidus" / "mcp"
+
+
+def pip(*args) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, args)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def packages() -> Path:
+    """A directory with `wheels` for guests and `client`, the official MCP client, for us; made once."""
+    PACKAGES.mkdir(parents=True, exist_ok=True)
+    made = PACKAGES / hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]
+    with open(PACKAGES / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            draft = PACKAGES / "new"
+            shutil.rmtree(draft, ignore_errors=True)
+            # For the guest's Python, whatever this one is; ours must be able to use them too.
+            pip("download", "--no-deps", "--only-binary", ":all:", "--python-version", "3.11", "-d", draft / "wheels", "-r", PINS)
+            pip("install", "--no-deps", "--no-index", "--find-links", draft / "wheels", "--target", draft / "client", "-r", PINS)
+            draft.rename(made)
+    return made
+
+
+def template() -> None:
+    """Builds it with the daemon that E2B_API_URL names, or finds that nothing has changed."""
+    nidus = os.environ.get("NIDUS_BIN", str(REPO / "target" / "release" / "nidus"))
+    build = [nidus, "template", "build", str(DEFINITION), "--name", "mcp-gateway"]
+    with open(DEFINITION / "Dockerfile") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+if __name__ == "__main__":
+    template()
+    print(packages())
