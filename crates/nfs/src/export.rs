@@ -129,6 +129,8 @@ impl Export {
     pub(crate) fn expect_room(&self) -> Result<()> {
         let disk = fstatvfs(&self.root)?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if free < self.limits.free_bytes { Err(Status::NoSpc) } else { Ok(()) }
+        // Of files, one in a hundred stays for the node; some file systems make them as they are needed.
+        let no_files = disk.f_files > 0 && disk.f_favail < disk.f_files / 100;
+        if free < self.limits.free_bytes || no_files { Err(Status::NoSpc) } else { Ok(()) }
     }
 }

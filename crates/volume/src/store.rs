@@ -176,12 +176,19 @@ impl Volumes {
     /// When there is none of this id, or the file system fails.
     pub fn delete(&self, id: Uuid) -> Result<(), VolumeError> {
         let failed = |source| VolumeError::Io { action: "delete the volume", path: id.to_string(), source };
-        let aside = self.root.join(format!("{}.deleted", Uuid::new_v4()));
-        match std::fs::rename(self.path_of(id), &aside) {
-            Ok(()) => std::fs::remove_dir_all(&aside).map_err(failed),
+        let aside = format!("{}.deleted", Uuid::new_v4());
+        match std::fs::rename(self.path_of(id), self.root.join(&aside)) {
+            Ok(()) => self.remove_aside(&aside).map_err(failed),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(VolumeError::NoVolume(id.to_string())),
             Err(e) => Err(failed(e)),
         }
+    }
+
+    /// Guests make trees of any depth.
+    fn remove_aside(&self, name: &str) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(&self.root, flags, Mode::empty())?;
+        Ok(remove_tree(root.as_fd(), name)?)
     }
 
     /// Removes what deletions that were cut off have left.
@@ -190,9 +197,10 @@ impl Volumes {
     /// When the directory cannot be read.
     pub fn reclaim(&self) -> std::io::Result<()> {
         for entry in std::fs::read_dir(&self.root)? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|e| e == "deleted") {
-                std::fs::remove_dir_all(&path)?;
+            // Names of ours: an id and an ending.
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.ends_with(".deleted") {
+                self.remove_aside(&name)?;
             }
         }
         Ok(())

@@ -194,20 +194,42 @@ fn pipes_and_devices_are_not_read() {
     assert_eq!(m.volumes.stat(m.id, &path("/pipe"), true).unwrap().kind, Kind::Other);
 }
 
-#[test]
-fn a_tree_of_any_depth_is_removed() {
-    let m = made();
+/// `deep/deep/deep…`, as guests make it by handles: no path is as long.
+fn make_deep(m: &Made, levels: usize) {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let mut fd = rustix::fs::open(m.host(""), flags, Mode::empty()).unwrap();
-    for n in 0..3000 {
+    for n in 0..levels {
         mkdirat(&fd, "deep", Mode::RWXU).unwrap();
         if n % 100 == 0 {
             drop(rustix::fs::openat(&fd, "f", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR).unwrap());
         }
         fd = rustix::fs::openat(&fd, "deep", flags, Mode::empty()).unwrap();
     }
+}
+
+#[test]
+fn a_tree_of_any_depth_is_removed() {
+    let m = made();
+    make_deep(&m, 3000);
     m.volumes.remove(m.id, &path("/deep")).unwrap();
     assert_eq!(m.names("/", 1), ["/f"]);
+    make_deep(&m, 20_000);
+    m.volumes.delete(m.id).unwrap();
+    assert_eq!(std::fs::read_dir(&m.volumes.root).unwrap().count(), 0);
+}
+
+#[test]
+fn the_key_of_handles_is_made_once_and_is_the_owners() {
+    let m = made();
+    let key = m.volumes.handle_key().unwrap();
+    assert_eq!(m.volumes.handle_key().unwrap(), key);
+    let file = m.volumes.root.join("handles.key");
+    assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
+    std::fs::write(&file, "short").unwrap();
+    assert!(m.volumes.handle_key().unwrap_err().to_string().contains("32 bytes"));
+    assert_ne!(made().volumes.handle_key().unwrap(), key);
+    m.volumes.reclaim().unwrap();
+    assert!(file.exists());
 }
 
 #[test]
