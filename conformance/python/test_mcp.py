@@ -11,7 +11,7 @@ import e2b
 import httpx
 import pytest
 from e2b import CommandExitException, Sandbox, SandboxException, Template
-from support import gateway
+from support import definitions, gateway
 from support.daemon import wait_for
 
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("NIDUS_TESTBED") == "1", reason="no packages to make the template of in the test bed's machine"),
 ]
 
-SERVER = gateway.REPO / "conformance" / "support" / "guest_mcp.py"
+SERVER = definitions.REPO / "conformance" / "support" / "guest_mcp.py"
 CLIENT = """
 import asyncio, json, sys
 import httpx2

@@ -312,6 +312,7 @@ def archive(folder):
     (folder / "Packages").write_text(f"{control}Filename: ./tiny-hello.deb\nSize: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n")
 
 
+@pytest.mark.parametrize("kit", ["sync"], indirect=True)
 async def test_a_builders_helpers(kit, tmp_path):
     name = f"helpers-{uuid.uuid4().hex[:8]}"
     for file in ("one", "two", "three"):

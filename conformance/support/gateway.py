@@ -3,16 +3,15 @@ where guests have no network: `python -m support.gateway` builds the first and p
 
 import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
-DEFINITION = REPO / "templates" / "mcp-gateway"
+from . import definitions
+
 PINS = Path(__file__).with_name("mcp.txt")
-PACKAGES = REPO / ".nidus" / "mcp"
+PACKAGES = definitions.REPO / ".nidus" / "mcp"
 
 
 def pip(*args) -> None:
@@ -37,13 +36,8 @@ def packages() -> Path:
 
 
 def template() -> None:
-    """Builds it with the daemon that E2B_API_URL names, or finds that nothing has changed."""
-    nidus = os.environ.get("NIDUS_BIN", str(REPO / "target" / "release" / "nidus"))
-    build = [nidus, "template", "build", str(DEFINITION), "--name", "mcp-gateway"]
-    with open(DEFINITION / "Dockerfile") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    """Builds it, or finds that nothing has changed."""
+    definitions.build("mcp-gateway", "mcp-gateway")
 
 
 if __name__ == "__main__":
