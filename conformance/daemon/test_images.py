@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAME = f"img-{uuid.uuid4().hex[:8]}"
-ACCOUNT = {"type": "service_account"}
+# Google's registries take the file of a service account as a password.
+ACCOUNT = {"private_key": "gcp-secret"}
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +138,14 @@ def test_googles_and_amazons_keys(google, base, image_daemon):
     google.image("private", [base])
     name = f"{NAME}-google"
     with pytest.raises(BuildException, match="refuses access"):
-        build(image_daemon, Template().from_gcp_registry(image(google, "private"), {"type": "another"}), name)
+        build(image_daemon, Template().from_gcp_registry(image(google, "private"), {"private_key": "another"}), name)
+    with pytest.raises(BuildException, match="has no private_key"):
+        build(image_daemon, Template().from_gcp_registry(image(google, "private"), {"type": "service_account"}), name)
     build(image_daemon, Template().from_gcp_registry(image(google, "private"), ACCOUNT), name)
     amazon = Template().from_aws_registry("1234.dkr.ecr.eu-west-1.amazonaws.com/x:1", "AKIDEXAMPLE", "aws-secret", "eu-west-1")
     with pytest.raises(BuildException, match=r"api\.ecr\.eu-west-1\.amazonaws\.com"):
         build(image_daemon, amazon, name)
-    assert "aws-secret" not in image_daemon.log(10_000) and "service_account" not in image_daemon.log(10_000)
+    assert "aws-secret" not in image_daemon.log(10_000) and "gcp-secret" not in image_daemon.log(10_000)
 
 
 def hostile(registry, base):
