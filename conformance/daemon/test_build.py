@@ -14,7 +14,7 @@ from support import sandboxes
 from support.daemon import DEFAULT_DATA_DIR, wait_for
 
 NAME = f"build-{uuid.uuid4().hex[:8]}"
-ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "2"))
 
 
 def work():

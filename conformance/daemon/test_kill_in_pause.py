@@ -18,7 +18,7 @@ from support import sandboxes
 from support.counting import builds_of, count_beyond, counting, state
 from support.daemon import DEFAULT_DATA_DIR, TIME_FACTOR, wait_for
 
-ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "2"))
 SEED = int(os.environ.get("NIDUS_TEST_SEED") or random.randrange(1 << 32))
 
 STORAGE = DEFAULT_DATA_DIR / "storage"

@@ -15,7 +15,7 @@ from support.counting import builds_of, count, count_beyond, counting, state
 from support.daemon import DEFAULT_DATA_DIR, TIME_FACTOR, wait_for
 from support.s3 import BUCKET, S3Server
 
-ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("NIDUS_TEST_ROUNDS", "2"))
 SEED = int(os.environ.get("NIDUS_TEST_SEED") or random.randrange(1 << 32))
 
 # Known bytes on the disk.
