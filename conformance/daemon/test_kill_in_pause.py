@@ -1,7 +1,7 @@
 """`kill -9` of the daemon at random moments of a pause or a checkpoint, from before it begins until after it is
 answered: each sandbox is paused and can be resumed, or is reported lost with the reason; nothing is half there.
 
-NIDUS_TEST_ROUNDS says how often (default 3), NIDUS_TEST_SEED repeats a run (it is printed).
+NIDUS_TEST_ROUNDS says how often (default 2), NIDUS_TEST_SEED repeats a run (it is printed).
 """
 
 import http.client
