@@ -33,7 +33,7 @@ test('npm and bun are steps', { timeout }, async () => {
 })
 
 test('MCP servers are pulled by the gateway of the template', { timeout: 600_000 }, async () => {
-  execFileSync('python3', ['-c', 'from support import gateway; gateway.template()'], { cwd: new URL('..', import.meta.url), stdio: 'ignore' })
+  execFileSync('python3', ['-m', 'support.gateway'], { cwd: new URL('..', import.meta.url), stdio: 'ignore' })
   const said = await failure(Template().fromTemplate('mcp-gateway').addMcpServer(['no-such-server']))
   assert.match(said, /mcp-gateway pull no-such-server failed[^]*there is no server 'no-such-server'/)
 })

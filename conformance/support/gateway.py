@@ -1,14 +1,12 @@
 """The template of the MCP gateway, built from the definition in the repo, and packages that its servers are installed from
-where guests have no network: `python -m support.gateway` builds the first and prints the directory of the others."""
+where guests have no network."""
 
-import fcntl
 import hashlib
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from . import definitions
+from . import definitions, once
 
 PINS = Path(__file__).with_name("mcp.txt")
 PACKAGES = definitions.REPO / ".nidus" / "mcp"
@@ -19,20 +17,15 @@ def pip(*args) -> None:
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
+def fill(draft: Path) -> None:
+    # For the guest's Python, whatever this one is; ours must be able to use them too.
+    pip("download", "--no-deps", "--only-binary", ":all:", "--python-version", "3.11", "-d", draft / "wheels", "-r", PINS)
+    pip("install", "--no-deps", "--no-index", "--find-links", draft / "wheels", "--target", draft / "client", "-r", PINS)
+
+
 def packages() -> Path:
     """A directory with `wheels` for guests and `client`, the official MCP client, for us; made once."""
-    PACKAGES.mkdir(parents=True, exist_ok=True)
-    made = PACKAGES / hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]
-    with open(PACKAGES / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            draft = PACKAGES / "new"
-            shutil.rmtree(draft, ignore_errors=True)
-            # For the guest's Python, whatever this one is; ours must be able to use them too.
-            pip("download", "--no-deps", "--only-binary", ":all:", "--python-version", "3.11", "-d", draft / "wheels", "-r", PINS)
-            pip("install", "--no-deps", "--no-index", "--find-links", draft / "wheels", "--target", draft / "client", "-r", PINS)
-            draft.rename(made)
-    return made
+    return once.made(PACKAGES, hashlib.sha256(PINS.read_bytes()).hexdigest()[:12], fill)
 
 
 def template() -> None:
@@ -42,4 +35,3 @@ def template() -> None:
 
 if __name__ == "__main__":
     template()
-    print(packages())

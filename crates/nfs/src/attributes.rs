@@ -18,10 +18,6 @@ const MODE_BITS: u32 = 0o1777;
 pub(crate) const NEW_FILE: u32 = 0o644;
 pub(crate) const NEW_DIRECTORY: u32 = 0o755;
 
-pub(crate) fn mode(asked: Option<u32>, default: u32) -> Mode {
-    Mode::from_raw_mode(asked.unwrap_or(default) & MODE_BITS)
-}
-
 pub(crate) fn kind(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
@@ -37,9 +33,13 @@ pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: OFlags) -> Result<File> {
     Ok(rustix::fs::open(path_of(fd), flags, Mode::empty())?.into())
 }
 
+/// The protocol has 32 bits; what is before 1970 or after 2106 is told as the nearest.
+fn told(seconds: i64) -> u32 {
+    u32::try_from(seconds.max(0)).unwrap_or(u32::MAX)
+}
+
 fn time(w: &mut Writer, seconds: i64, nanos: u32) {
-    // The protocol has 32 bits; what is before 1970 or after 2106 is told as the nearest.
-    w.u32(u32::try_from(seconds.max(0)).unwrap_or(u32::MAX)).u32(nanos);
+    w.u32(told(seconds)).u32(nanos);
 }
 
 #[expect(clippy::unnecessary_cast, reason = "the types of stat differ between architectures")]
@@ -54,7 +54,7 @@ fn times(s: &Stat) -> [(i64, u32); 3] {
 /// When it was last changed in any way, as the protocol has it.
 pub(crate) fn changed(s: &Stat) -> (u32, u32) {
     let (seconds, nanos) = times(s)[2];
-    (u32::try_from(seconds.max(0)).unwrap_or(u32::MAX), nanos)
+    (told(seconds), nanos)
 }
 
 /// `fattr3`.
@@ -123,11 +123,6 @@ fn stamp(t: SetTime) -> Timespec {
     }
 }
 
-pub(crate) fn set_times(fd: BorrowedFd<'_>, accessed: SetTime, modified: SetTime) -> Result<()> {
-    let times = Timestamps { last_access: stamp(accessed), last_modification: stamp(modified) };
-    Ok(utimensat(fd, "", &times, AtFlags::EMPTY_PATH)?)
-}
-
 /// Changes all that is asked for but the size, as the thread's user. What else is changed comes before the times.
 pub(crate) fn set(fd: BorrowedFd<'_>, asked: &SetAttributes) -> Result<()> {
     if asked.uid.is_some() || asked.gid.is_some() {
@@ -136,15 +131,17 @@ pub(crate) fn set(fd: BorrowedFd<'_>, asked: &SetAttributes) -> Result<()> {
         let gid = asked.gid.filter(|g| *g != u32::MAX).map(Gid::from_raw);
         chownat(fd, "", uid, gid, AtFlags::EMPTY_PATH)?;
     }
-    if asked.mode.is_some() {
-        match chmod(path_of(fd), mode(asked.mode, 0)) {
+    if let Some(mode) = asked.mode {
+        match chmod(path_of(fd), Mode::from_raw_mode(mode & MODE_BITS)) {
             // Links have no mode.
             Ok(()) | Err(Errno::OPNOTSUPP) => {}
             Err(e) => return Err(e.into()),
         }
     }
     if asked.accessed != SetTime::Keep || asked.modified != SetTime::Keep {
-        set_times(fd, asked.accessed, asked.modified)?;
+        let times =
+            Timestamps { last_access: stamp(asked.accessed), last_modification: stamp(asked.modified) };
+        utimensat(fd, "", &times, AtFlags::EMPTY_PATH)?;
     }
     Ok(())
 }

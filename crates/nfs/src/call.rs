@@ -9,7 +9,7 @@ const REPLY: u32 = 1;
 /// Bytes of who calls, and of a machine's name in it.
 const MAX_AUTH: usize = 400;
 const MAX_MACHINE: usize = 255;
-const AUTH_SYS: u32 = 1;
+pub(crate) const AUTH_SYS: u32 = 1;
 
 /// What a record asks for.
 #[derive(Debug)]

@@ -14,10 +14,6 @@ use crate::export::Export;
 use crate::request::{How, MAX_TRANSFER, SetAttributes, SetTime, Special};
 use crate::status::{Result, Status};
 
-fn of_io(e: &io::Error) -> Status {
-    Errno::from_io_error(e).map_or(Status::Io, Status::from)
-}
-
 /// Opens a file for its content. Its owner always may: the guest has checked when a program opened it, and the mode
 /// may have changed since (RFC 1813, 4.4).
 fn open_content(fd: BorrowedFd<'_>, acting: &Acting, flags: OFlags) -> Result<File> {
@@ -69,7 +65,7 @@ pub(crate) fn read(fd: BorrowedFd<'_>, acting: &Acting, offset: u64, count: u32)
             Ok(0) => break,
             Ok(n) => read += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(of_io(&e)),
+            Err(e) => return Err(e.into()),
         }
     }
     data.truncate(read);
@@ -88,19 +84,19 @@ pub(crate) fn write(
     end.filter(|e| *e <= export.limits.file_bytes).ok_or(Status::FBig)?;
     export.expect_room()?;
     let file = open_content(fd, acting, OFlags::WRONLY)?;
-    file.write_all_at(data, offset).map_err(|e| of_io(&e))?;
-    if stable { file.sync_data().map_err(|e| of_io(&e)) } else { Ok(()) }
+    file.write_all_at(data, offset)?;
+    if stable { Ok(file.sync_data()?) } else { Ok(()) }
 }
 
 pub(crate) fn commit(fd: BorrowedFd<'_>, acting: &Acting) -> Result<()> {
-    open_content(fd, acting, OFlags::WRONLY)?.sync_data().map_err(|e| of_io(&e))
+    Ok(open_content(fd, acting, OFlags::WRONLY)?.sync_data()?)
 }
 
 fn set_size(export: &Export, fd: BorrowedFd<'_>, acting: &Acting, size: u64) -> Result<()> {
     if size > export.limits.file_bytes {
         return Err(Status::FBig);
     }
-    open_content(fd, acting, OFlags::WRONLY)?.set_len(size).map_err(|e| of_io(&e))
+    Ok(open_content(fd, acting, OFlags::WRONLY)?.set_len(size)?)
 }
 
 /// `SETATTR3`. With `guard`, only if it was last changed then.

@@ -1,9 +1,9 @@
 //! File handles: the kernel's own, with a MAC so that a guest cannot make one up.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use ring::hmac;
-use rustix::io::Errno;
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
@@ -77,7 +77,7 @@ pub(crate) fn encode(key: &HandleKey, fd: impl AsFd) -> Result<Vec<u8>> {
         )
     };
     if r != 0 {
-        return Err(last_error().into());
+        return Err(io::Error::last_os_error().into());
     }
     let mut out = Vec::with_capacity(MAX_HANDLE);
     out.push(VERSION);
@@ -111,14 +111,10 @@ pub(crate) fn open(key: &HandleKey, root: impl AsFd, handle: &[u8]) -> Result<Ow
     let fd =
         unsafe { libc::syscall(libc::SYS_open_by_handle_at, root.as_fd().as_raw_fd(), &raw const h, flags) };
     if fd < 0 {
-        return Err(last_error().into());
+        return Err(io::Error::last_os_error().into());
     }
     // SAFETY: the kernel has just opened it for us alone; descriptors are small numbers.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-fn last_error() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
 #[cfg(test)]

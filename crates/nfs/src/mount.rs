@@ -1,13 +1,12 @@
 //! The MOUNT protocol, version 3 (RFC 1813, 5): the root's handle for a name.
 
-use crate::call::Refusal;
+use crate::call::{AUTH_SYS, Refusal};
 use crate::export::Export;
 use crate::xdr::{Reader, Writer};
 
 pub(crate) const PROGRAM: u32 = 100_005;
 const MAX_PATH: usize = 1024;
 const NO_ENTRY: u32 = 2;
-const AUTH_SYS: u32 = 1;
 
 /// The results of a procedure.
 pub(crate) fn answer(exports: &[Export], procedure: u32, r: &mut Reader<'_>) -> Result<Writer, Refusal> {

@@ -64,4 +64,10 @@ impl From<Errno> for Status {
     }
 }
 
+impl From<std::io::Error> for Status {
+    fn from(e: std::io::Error) -> Self {
+        Errno::from_io_error(&e).map_or(Self::Io, Self::from)
+    }
+}
+
 pub(crate) type Result<T> = std::result::Result<T, Status>;

@@ -22,6 +22,8 @@ USES = {"tools/call": ("tools/list", "name"), "prompts/get": ("prompts/list", "n
 class Hub:
     def __init__(self, servers):
         self.servers = [PipedServer(s) for s in servers]
+        # By the method that lists, what it answered last: a call goes where its name was seen.
+        self.known = {}
 
     async def start(self) -> None:
         await asyncio.gather(*(s.start() for s in self.servers))
@@ -57,14 +59,18 @@ class Hub:
                 if name not in taken:
                     taken.add(name)
                     found.append((server, own, thing | {key: name}))
+        self.known[method] = {thing[key]: (server, own) for server, own, thing in found}
         return found
 
     async def owner(self, method: str, params: dict):
         list_method, parameter = USES[method]
         wanted = params.get(parameter)
-        for server, own, thing in await self.all(list_method):
-            if thing[LISTS[list_method][2]] == wanted:
-                return server, own
+        if not isinstance(wanted, str):
+            raise RpcError({"code": BAD_PARAMS, "message": f"{parameter} is not a text"})
+        if wanted not in self.known.get(list_method, {}):
+            await self.all(list_method)
+        if wanted in self.known[list_method]:
+            return self.known[list_method][wanted]
         if method == "resources/read":
             # One of a template, which only its server understands.
             for server in self.servers:
